@@ -1,0 +1,45 @@
+# The two commands of a newcomer are `make demo` and `make test`; `make help` lists the rest.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lock clean
+
+IMAGES ?= $(FRUITS_IMAGES)
+WEIGHTS ?= $(FRUITS_WEIGHTS)
+OUTPUT ?= demo-output
+export UV_SYSTEM_CERTS ?= 1
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## everything the other commands need, into .venv (they call it themselves)
+	@.ci/setup
+
+demo: setup ## the whole job on this machine: [IMAGES=dir] [WEIGHTS=file] [OUTPUT=dir]
+	@.venv/bin/fruits demo $(if $(IMAGES),--images "$(IMAGES)") \
+		$(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(OUTPUT)"
+
+test: setup lint ## every test: [TESTS="tests/unit -k pca"]
+	@.venv/bin/python -m pytest $(TESTS)
+
+lint: setup ## ruff, mypy, shellcheck, yamllint
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/shellcheck .ci/setup .ci/run
+	@git ls-files '*.yml' '*.yaml' | xargs -r .venv/bin/yamllint --strict
+
+bench: setup ## the benchmarks: a table, and bench-results.json
+	@.venv/bin/python -m tests.benchmarks
+
+COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header \
+	--no-emit-index-url --no-emit-find-links pyproject.toml
+
+lock: ## resolve every dependency anew into the lock files [UPGRADE=--upgrade]
+	$(COMPILE) $(UPGRADE) --extra master --group dev -o dev.lock
+	$(COMPILE) --extra master -c dev.lock -o master.lock
+	$(COMPILE) -c dev.lock -o worker.lock
+	$(subst pyproject.toml,,$(COMPILE)) $(UPGRADE) --group admin -c dev.lock -o admin.lock
+	$(subst pyproject.toml,,$(COMPILE)) --group build -c dev.lock -o build.lock
+	$(subst pyproject.toml,,$(COMPILE)) --group java -o java.lock
+	.venv/bin/python -m pipeline.jars lock
+
+clean: ## remove what the demo and the tests left here
+	rm -rf .fruits demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
