@@ -1,0 +1,101 @@
+"""Turns the bytes of an image into the pixels that a network reads, or says why it cannot.
+
+Pillow decodes and resizes, always with the same explicit filter: another filter gives other
+features. `PREPROCESSING` names all of it and is part of a model's id.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
+
+# 50 million pixels decode to 150 MB of RGB: a Python worker stays below its 400 MB.
+MAX_PIXELS = 50_000_000
+
+
+class BadImageError(ValueError):
+    """An image that cannot be decoded; the message is the reason kept in quarantine."""
+
+
+def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
+    """Decode an image and resize it to a square.
+
+    Parameters
+    ----------
+    content
+        The bytes of a JPEG, PNG, WebP, BMP, GIF (its first frame) or TIFF file.
+    size
+        The side of the square, in pixels.
+
+    Returns
+    -------
+    array of uint8, shape (size, size, 3)
+        RGB; what is transparent is white, like the background of Fruits-360.
+
+    Raises
+    ------
+    BadImageError
+        When the bytes are no image, are truncated, or hold more than 50 million pixels.
+    """
+    if not content:
+        raise BadImageError("the file is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of bombs; MAX_PIXELS refuses them
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                return _pixels(image, size)
+    except BadImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImageError(f"not an image: begins with {content[:8]!r}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImageError(str(error)) from None
+    except MemoryError:
+        raise BadImageError("too large to decode in memory") from None
+    except Exception as error:  # Pillow's decoders raise many kinds; none may end a job
+        raise BadImageError(f"{type(error).__name__}: {error}") from None
+
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+
+
+def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(
+            f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded"
+        )
+    # A large JPEG is decoded at a half, a quarter or an eighth, never below twice the size wanted.
+    image.draft(None, (2 * size, 2 * size))
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    resized = _to_rgb(upright).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _from_16_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise BadImageError("32-bit float pixels: which value is white is not known")
+    if image.has_transparency_data:
+        over_white = Image.new("RGBA", image.size, "white")
+        over_white.alpha_composite(image.convert("RGBA"))
+        return over_white.convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Scale 0..65535 to 0..255; Pillow's own conversion would clip all above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImageError("32-bit integer pixels: which value is white is not known")
+    return Image.fromarray((values // 257).astype(np.uint8), mode="L")

@@ -1,0 +1,35 @@
+"""The errors a user can mend: each says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class FruitsError(ValueError):
+    """Base of every error that the command line tells in one line."""
+
+
+class StorageError(FruitsError):
+    """An address that cannot be read or written: missing, forbidden, unreachable or full."""
+
+
+class NoImagesError(FruitsError):
+    """Nothing to work on."""
+
+
+class OutputTakenError(FruitsError):
+    """OUTPUT holds something that this run would mix with or replace."""
+
+
+class WeightsError(FruitsError):
+    """Weights that are missing, broken or of another network."""
+
+
+class PCAError(FruitsError):
+    """A number of components, or a share of variance, that the data cannot give."""
+
+
+class StateError(FruitsError):
+    """A saved PCA or feature table that is damaged or belongs to another model."""
+
+
+class ClusterError(FruitsError):
+    """The cluster on this machine did not start."""

@@ -1,0 +1,484 @@
+"""The one Spark pass over the images, and the table that keeps what it computed.
+
+An image is read, decoded and run through the network once; its row in the feature table is either
+features or a quarantine (stage and reason), so that images listed = features + quarantined holds
+by construction. The table grows in batches of bounded size, a folder each:
+
+    features/<model id>/model.json, model.tflite
+    features/<model id>/batches/<batch>/part-*.parquet, _SUCCESS
+    features/<model id>/index.parquet     the images of the last complete pass
+
+A batch counts when its `_SUCCESS` is there: committers write it last. A driver that is killed
+loses the batch it was in, nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyspark.accumulators import Accumulator
+from pyspark.broadcast import Broadcast
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from pipeline.backbones import Model, load_network
+from pipeline.decode import BadImageError, decode
+from pipeline.errors import StateError
+from pipeline.images import LISTING
+from pipeline.session import task_slots
+from pipeline.storage import ImageReader, Store
+
+GETS_AHEAD = 24  # a GET takes 20-50 ms and an image 8 ms of a core: a few more than cover it
+BYTES_AHEAD = 48_000_000  # keeps a Python worker small when the images are large
+IMAGES_PER_TASK = 256
+IMAGES_PER_SLOT_AND_BATCH = 2048  # some 15 s of work: what a killed driver loses
+
+READ, DECODE = "read", "decode"  # the stages at which an image can end in quarantine
+
+ROWS = T.StructType(
+    [
+        T.StructField("path", T.StringType(), nullable=False),
+        T.StructField("label", T.StringType()),
+        T.StructField("length", T.LongType(), nullable=False),
+        T.StructField("modified", T.TimestampType(), nullable=False),
+        T.StructField("version", T.StringType(), nullable=False),
+        T.StructField("batch", T.StringType(), nullable=False),
+        T.StructField("features", T.ArrayType(T.FloatType(), containsNull=False)),
+        T.StructField("stage", T.StringType()),
+        T.StructField("reason", T.StringType()),
+    ]
+)
+ARROW_ROWS = pa.schema(
+    [
+        *LISTING,
+        pa.field("batch", pa.string(), nullable=False),
+        pa.field("features", pa.list_(pa.field("element", pa.float32(), nullable=False))),
+        pa.field("stage", pa.string()),
+        pa.field("reason", pa.string()),
+    ]
+)
+INDEX = [*LISTING.names, "batch", "stage", "reason"]  # all but the features themselves
+KEY = ["path", "length", "modified", "version"]  # an image whose key is known is not computed again
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a pass is: images done of those to do, and how many of them in quarantine."""
+
+    done: int
+    total: int
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass did; `index` has a row for each image listed, with its batch."""
+
+    index: pa.Table
+    computed: int
+    reused: int
+    dropped: int
+
+
+class FeatureTable:
+    """The features of one model below an OUTPUT."""
+
+    def __init__(self, output: Store, model: Model) -> None:
+        self.output = output
+        self.model = model
+        self.root = f"features/{model.id}"
+
+    def open(self, flatbuffer: Callable[[], bytes]) -> bytes:
+        """Return the table's LiteRT model; a new table keeps the one that `flatbuffer` makes.
+
+        Raises
+        ------
+        StateError
+            When the table was made by another model than its name says.
+        """
+        described = self.output.read(f"{self.root}/model.json")
+        if described is not None:
+            self._check_model(described)
+            kept = self.output.read(f"{self.root}/model.tflite")
+            if kept is not None:
+                return kept
+        content = flatbuffer()
+        self.output.write(f"{self.root}/model.tflite", content)
+        self.output.write(
+            f"{self.root}/model.json", json.dumps(self.model.to_json(), indent=2).encode()
+        )
+        return content
+
+    def _check_model(self, described: bytes) -> None:
+        try:
+            found = Model(**json.loads(described))
+        except (ValueError, TypeError) as error:
+            raise StateError(
+                f"{self.output.address}/{self.root}/model.json is damaged ({error}). Remove "
+                f"{self.output.address}/{self.root} to compute these features again."
+            ) from error
+        if found != self.model:
+            raise StateError(
+                f"{self.output.address}/{self.root} should hold features of {self.model.id}, "
+                f"found those of {found.id}. Choose another OUTPUT, or remove that folder."
+            )
+
+    def committed_batches(self) -> list[str]:
+        """Return the names of the batches that count; remove the rest when a day old."""
+        newest: dict[str, datetime] = {}
+        complete = set()
+        for entry in self.output.list(f"{self.root}/batches/"):
+            batch, _, rest = entry.key.removeprefix(f"{self.root}/batches/").partition("/")
+            newest[batch] = max(entry.modified, newest.get(batch, entry.modified))
+            if rest == "_SUCCESS":
+                complete.add(batch)
+        for batch in newest.keys() - complete:
+            # A younger one may be another run's, still at work.
+            if newest[batch] < datetime.now(UTC) - timedelta(days=1):
+                self.output.delete(f"{self.root}/batches/{batch}")
+        return sorted(complete)
+
+    def batch_uri(self, batch: str) -> str:
+        """Return the address of a batch's folder, for Spark."""
+        return (self.output.address / f"{self.root}/batches/{batch}").uri
+
+    def read_index(self) -> pa.Table | None:
+        """Return the index of the last complete pass, None before the first."""
+        content = self.output.read(f"{self.root}/index.parquet")
+        return None if content is None else pq.read_table(io.BytesIO(content))
+
+    def write_index(self, index: pa.Table) -> None:
+        """Keep the index of a complete pass."""
+        content = io.BytesIO()
+        pq.write_table(index, content, compression="zstd")
+        self.output.write(f"{self.root}/index.parquet", content.getvalue())
+
+    def rows(self, spark: SparkSession, index: pa.Table) -> DataFrame:
+        """Return the live rows that have features: path, label, batch, features.
+
+        Most batches are live as a whole; only those with rows that were dropped or replaced
+        since are joined with the index.
+        """
+        batches = sorted(set(index["batch"].to_pylist()))
+        table = spark.read.schema(ROWS).parquet(*(self.batch_uri(batch) for batch in batches))
+        table = table.select("path", "label", "version", "batch", "features").where(
+            F.col("features").isNotNull()
+        )
+        if table_has_more_rows(spark, self, batches, index):
+            live = spark.createDataFrame(index.select(["path", "version", "batch"]))
+            table = table.join(live, ["path", "version", "batch"], "left_semi")
+        return table.select("path", "label", "batch", "features")
+
+
+def table_has_more_rows(
+    spark: SparkSession, table: FeatureTable, batches: list[str], index: pa.Table
+) -> bool:
+    """Tell whether the batches hold rows that the index no longer has."""
+    kept = spark.read.parquet(*(table.batch_uri(batch) for batch in batches)).count()
+    return bool(kept > index.num_rows)
+
+
+def compute_features(
+    spark: SparkSession,
+    table: FeatureTable,
+    images: pa.Table,
+    reader: ImageReader,
+    flatbuffer: bytes,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Pass:
+    """Bring the feature table up to date with a listing.
+
+    Parameters
+    ----------
+    images
+        A table of the schema LISTING.
+    on_progress
+        Called about twice a second while Spark works.
+
+    Returns
+    -------
+    Pass
+        The index of exactly the images listed, and what had to be computed for it.
+    """
+    known = _known_rows(spark, table)
+    todo = _not_in(images, known)
+    slots = task_slots(spark)
+    model = spark.sparkContext.broadcast(flatbuffer)
+    done, quarantined = (spark.sparkContext.accumulator(0) for _ in range(2))
+    step = slots * IMAGES_PER_SLOT_AND_BATCH
+    fresh = []
+    with _reporting(todo.num_rows, done, quarantined, on_progress):
+        for number, start in enumerate(range(0, todo.num_rows, step), 1):
+            part = todo.slice(start, step)
+            spark.sparkContext.setJobDescription(
+                f"features: images {start + 1} to {start + part.num_rows} of {todo.num_rows}"
+            )
+            batch = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{number:05d}-{uuid.uuid4().hex[:6]}"
+            run = _PassOverImages(
+                model, table.model.input_size, table.model.dimensions, reader, batch,
+                done, quarantined,
+            )  # fmt: skip
+            _write_batch(spark, table, part, run, slots)
+            fresh.append(batch)
+    spark.sparkContext.setJobDescription("")
+    if fresh:
+        known = pa.concat_tables([known, _index_of(spark, table, fresh)])
+    index = _live_index(images, known)
+    previous = table.read_index()
+    table.write_index(index)
+    return Pass(
+        index=index,
+        computed=todo.num_rows,
+        reused=images.num_rows - todo.num_rows,
+        dropped=0 if previous is None else _count_gone(previous, images),
+    )
+
+
+def nothing_to_compute(table: FeatureTable, images: pa.Table) -> pa.Table | None:
+    """Return the index of the last pass if the listing is the same as then, else None."""
+    index = table.read_index()
+    if index is None or index.num_rows != images.num_rows:
+        return None
+    same = index.select(LISTING.names).cast(LISTING).equals(images)
+    return index if same and not _count(index, READ) else None
+
+
+def _known_rows(spark: SparkSession, table: FeatureTable) -> pa.Table:
+    """Return the index of all committed rows, but for images that could not be read then."""
+    batches = table.committed_batches()
+    if not batches:
+        return pa.table({name: [] for name in INDEX}).cast(_index_schema())
+    rows = _index_of(spark, table, batches)
+    return rows.filter(pc.fill_null(pc.not_equal(rows["stage"], READ), True))
+
+
+def _index_of(spark: SparkSession, table: FeatureTable, batches: list[str]) -> pa.Table:
+    frame = spark.read.schema(ROWS).parquet(*(table.batch_uri(batch) for batch in batches))
+    return frame.select(*INDEX).toArrow().cast(_index_schema())
+
+
+def _index_schema() -> pa.Schema:
+    return pa.schema([ARROW_ROWS.field(name) for name in INDEX])
+
+
+def _not_in(images: pa.Table, known: pa.Table) -> pa.Table:
+    joined = images.join(known.select(KEY), KEY, join_type="left anti")
+    return joined.select(LISTING.names).sort_by("path")
+
+
+def _live_index(images: pa.Table, known: pa.Table) -> pa.Table:
+    """Return one row for each image listed; of an image computed twice, the newest batch's."""
+    newest = known.group_by(KEY).aggregate([("batch", "max")]).rename_columns([*KEY, "batch"])
+    live = images.join(newest, KEY, join_type="inner").join(
+        known.select([*KEY, "batch", "stage", "reason"]), [*KEY, "batch"], join_type="inner"
+    )
+    if live.num_rows != images.num_rows:
+        raise StateError(
+            f"expected a row for each of {images.num_rows} images, found {live.num_rows}: the "
+            "feature table was changed while this ran. Run again, one run at a time."
+        )
+    return live.select(INDEX).sort_by("path").cast(_index_schema())
+
+
+def _count_gone(previous: pa.Table, images: pa.Table) -> int:
+    gone: pa.Table = previous.join(images.select(["path"]), ["path"], join_type="left anti")
+    return int(gone.num_rows)
+
+
+def _count(index: pa.Table, stage: str) -> int:
+    return pc.sum(pc.equal(index["stage"], stage)).as_py() or 0
+
+
+def _write_batch(
+    spark: SparkSession, table: FeatureTable, images: pa.Table, run: _PassOverImages, slots: int
+) -> None:
+    tasks = slots * math.ceil(images.num_rows / (slots * IMAGES_PER_TASK))
+    frame = spark.createDataFrame(images).repartition(min(tasks, images.num_rows))
+    frame.mapInArrow(run, ROWS).write.parquet(table.batch_uri(run.batch))
+    _check_commit(table, run.batch)
+
+
+def _check_commit(table: FeatureTable, batch: str) -> None:
+    """Make sure that S3 got the batch from the magic committer: another one is not atomic there."""
+    key = f"{table.root}/batches/{batch}/_SUCCESS"
+    proof = table.output.read(key)
+    if proof is None:
+        raise StateError(
+            f"expected {table.output.address}/{key} after the commit, found none. Run again: "
+            "the batch is computed anew."
+        )
+    if table.output.address.bucket is not None:
+        committer = json.loads(proof or b"{}").get("committer")
+        if committer != "magic":
+            raise StateError(
+                f"expected the magic committer on {table.output.address}, found {committer}. "
+                "Start the cluster with pipeline/spark-defaults.conf and the jars of jars.lock."
+            )
+
+
+@contextmanager
+def _reporting(
+    total: int,
+    done: Accumulator[int],
+    quarantined: Accumulator[int],
+    on_progress: Callable[[Progress], None],
+) -> Iterator[None]:
+    """Call `on_progress` twice a second; accumulators move as tasks end."""
+    over = threading.Event()
+
+    def report() -> None:
+        while not over.wait(0.5):
+            on_progress(Progress(done.value, total, quarantined.value))
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reporter.join()
+        on_progress(Progress(done.value, total, quarantined.value))
+
+
+@dataclass(frozen=True)
+class _PassOverImages:
+    """What a Spark task does with its share of the listing: the function given to mapInArrow."""
+
+    model: Broadcast[bytes]
+    input_size: int
+    dimensions: int
+    reader: ImageReader
+    batch: str
+    done: Accumulator[int]
+    quarantined: Accumulator[int]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        network = _network(self.model)
+        read = _checked(_opened(self.reader))
+        for batch in batches:
+            vectors = np.empty((batch.num_rows, self.dimensions), np.float32)
+            stages: list[str | None] = [None] * batch.num_rows
+            reasons: list[str | None] = [None] * batch.num_rows
+            for row, outcome in enumerate(_read_ahead(batch.to_pylist(), read)):
+                try:
+                    if isinstance(outcome, _Unreadable):
+                        raise outcome
+                    vectors[row] = network(decode(outcome, self.input_size))
+                except _Unreadable as error:
+                    stages[row], reasons[row] = READ, str(error)
+                except BadImageError as error:
+                    stages[row], reasons[row] = DECODE, str(error)
+            self.done.add(batch.num_rows)
+            self.quarantined.add(sum(stage is not None for stage in stages))
+            yield pa.RecordBatch.from_arrays(
+                [
+                    *batch.columns,
+                    pa.array([self.batch] * batch.num_rows, pa.string()),
+                    _vectors_without(vectors, stages),
+                    pa.array(stages, pa.string()),
+                    pa.array(reasons, pa.string()),
+                ],
+                schema=ARROW_ROWS,
+            )
+
+
+class _Unreadable(Exception):  # noqa: N818
+    """An image that could not be read as it was listed."""
+
+
+_networks: dict[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]] = {}
+_readers: dict[ImageReader, Callable[[str], tuple[bytes, str]]] = {}
+
+
+def _network(
+    model: Broadcast[bytes],
+) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
+    """Load the model once in the life of a Python worker, not once a task."""
+    content = model.value
+    if id(content) not in _networks:
+        _networks.clear()
+        _networks[id(content)] = load_network(content)
+    return _networks[id(content)]
+
+
+def _opened(reader: ImageReader) -> Callable[[str], tuple[bytes, str]]:
+    """Open the reader, and its connections, once in the life of a Python worker."""
+    if reader not in _readers:
+        _readers[reader] = reader.open()
+    return _readers[reader]
+
+
+def _checked(read: Callable[[str], tuple[bytes, str]]) -> Callable[[dict[str, Any]], Any]:
+    """Read an image as it was listed; give back its bytes, or why it could not be read.
+
+    An S3 that does not answer is not the image's fault: that error ends the task, Spark tries the
+    task again, and a job that fails keeps the batches before it.
+    """
+
+    def read_row(row: dict[str, Any]) -> bytes | _Unreadable:
+        try:
+            content, version = read(row["path"])
+        except (FileNotFoundError, NotADirectoryError):
+            return _Unreadable("deleted since it was listed")
+        except IsADirectoryError:
+            return _Unreadable("a folder, not a file")
+        except (PermissionError, ValueError) as error:
+            return _Unreadable(str(error))
+        if version != row["version"]:
+            return _Unreadable("replaced since it was listed; the next run takes the new one")
+        return content
+
+    return read_row
+
+
+def _read_ahead(
+    rows: list[dict[str, Any]], read: Callable[[dict[str, Any]], bytes | _Unreadable]
+) -> Iterator[bytes | _Unreadable]:
+    """Yield what `read` gives for each row, in order, with GETs in flight ahead of the network."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    waiting: deque[tuple[int, Future[bytes | _Unreadable]]] = deque()
+    bytes_ahead = 0
+    with ThreadPoolExecutor(GETS_AHEAD) as pool:
+        for row in rows:
+            while waiting and (
+                len(waiting) > GETS_AHEAD or bytes_ahead + row["length"] > BYTES_AHEAD
+            ):
+                length, first = waiting.popleft()
+                yield first.result()
+                bytes_ahead -= length
+            waiting.append((row["length"], pool.submit(read, row)))
+            bytes_ahead += row["length"]
+        while waiting:
+            yield waiting.popleft()[1].result()
+
+
+def _vectors_without(
+    vectors: npt.NDArray[np.float32], stages: list[str | None]
+) -> pa.ListArray[Any]:
+    """Return the vectors as a list column, null where an image is in quarantine."""
+    good = np.array([stage is None for stage in stages])
+    lengths = np.where(good, vectors.shape[1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets),
+        pa.array(vectors[good].ravel()),
+        type=ARROW_ROWS.field("features").type,
+        mask=pa.array(~good),
+    )

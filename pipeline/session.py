@@ -1,0 +1,72 @@
+"""Makes the SparkSession, the same way on a laptop, on rehearsal hosts and on EC2.
+
+All settings come from `spark-defaults.conf` in SPARK_CONF_DIR, which whoever set the cluster up has
+written: `pipeline.laptop` or the playbooks. What the code reads from it before Spark starts, it
+reads here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from pipeline.errors import ClusterError
+from pipeline.java import find_java_home
+
+COMMON_SETTINGS = Path(__file__).with_name("spark-defaults.conf")
+
+
+def read_settings() -> dict[str, str]:
+    """Return the settings of SPARK_CONF_DIR's spark-defaults.conf, empty if there is none."""
+    folder = os.environ.get("SPARK_CONF_DIR")
+    file = Path(folder, "spark-defaults.conf") if folder else None
+    if file is None or not file.exists():
+        return {}
+    lines = (line.strip() for line in file.read_text().splitlines())
+    pairs = (line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
+    return {pair[0]: pair[1] if len(pair) == 2 else "" for pair in pairs}
+
+
+def make_session(
+    name: str, master: str | None = None, settings: Mapping[str, str] | None = None
+) -> SparkSession:
+    """Start an application on the cluster that SPARK_CONF_DIR describes.
+
+    Parameters
+    ----------
+    name
+        Shown in Spark's pages.
+    master
+        `spark://host:port`; None takes `spark.master` of the settings.
+    settings
+        Settings of this application only.
+
+    Raises
+    ------
+    ClusterError
+        When no master is known.
+    """
+    master = master or read_settings().get("spark.master")
+    if master is None:
+        raise ClusterError(
+            "expected the address of a Spark master, found none; give --master spark://host:port "
+            "or set SPARK_CONF_DIR to the folder of the cluster's spark-defaults.conf."
+        )
+    os.environ["JAVA_HOME"] = str(find_java_home())
+    # Executors must run this very interpreter; a cluster's nodes have it at the same path.
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    builder = SparkSession.builder.appName(name).master(master)
+    for key, value in (settings or {}).items():
+        builder = builder.config(key, value)
+    session = builder.getOrCreate()
+    session.sparkContext.setLogLevel("ERROR")
+    return session
+
+
+def task_slots(spark: SparkSession) -> int:
+    """Return how many tasks the cluster runs at once."""
+    return max(1, spark.sparkContext.defaultParallelism)

@@ -1,0 +1,408 @@
+"""Where things are: an address (`s3a://bucket/prefix` or a folder) and a store that holds it.
+
+Tables are read and written by Spark through S3A. This module is for the rest: listing images,
+small files beside the tables, and the images' own bytes. Hadoop's view of S3 hides names that begin
+with `_` or `.` and cannot express some others; S3's own clients show every key as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.errors import StorageError
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """How to reach S3; every field None means AWS itself with the machine's own role."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    access_key: str | None = None
+    secret_key: str | None = None
+
+    @classmethod
+    def from_spark(cls, settings: Mapping[str, str]) -> S3Settings:
+        """Read the `spark.hadoop.fs.s3a.*` settings, so that S3A and this module agree."""
+        prefix = "spark.hadoop.fs.s3a."
+        return cls(
+            endpoint=settings.get(prefix + "endpoint"),
+            region=settings.get(prefix + "endpoint.region"),
+            access_key=settings.get(prefix + "access.key"),
+            secret_key=settings.get(prefix + "secret.key"),
+        )
+
+    def __repr__(self) -> str:
+        """Leave the keys out: this may end in a log."""
+        return f"S3Settings(endpoint={self.endpoint!r}, region={self.region!r})"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place below which keys lie: a prefix of a bucket, or a folder when `bucket` is None."""
+
+    bucket: str | None
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read `s3a://bucket/prefix`, `s3://bucket/prefix` or a folder's path."""
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            return cls(None, str(Path(text).expanduser().absolute()))
+        if scheme == "file":
+            return cls(None, rest)
+        bucket, _, prefix = rest.partition("/")
+        if scheme not in ("s3a", "s3") or not bucket:
+            raise StorageError(
+                f"expected s3a://bucket/prefix or a folder, found {text!r}; correct the address."
+            )
+        return cls(bucket, prefix.strip("/"))
+
+    def __truediv__(self, key: str) -> Address:
+        return Address(self.bucket, f"{self.path}/{key}" if self.path else key)
+
+    def __str__(self) -> str:
+        return self.path if self.bucket is None else f"s3a://{self.bucket}/{self.path}".rstrip("/")
+
+    @property
+    def uri(self) -> str:
+        """The address as Spark wants it."""
+        return Path(self.path).as_uri() if self.bucket is None else str(self)
+
+    def holds(self, other: Address) -> bool:
+        """Tell whether `other` is this address or lies below it."""
+        return self.bucket == other.bucket and f"{other.path}/".startswith(
+            f"{self.path}/" if self.path else ""
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object: `version` changes whenever its content does (S3: the ETag)."""
+
+    key: str
+    length: int
+    modified: datetime
+    version: str
+
+
+class Store(Protocol):
+    """The small set of operations on keys below an address."""
+
+    address: Address
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield every object whose key begins with `prefix`, hidden names included."""
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's bytes, None if there is none."""
+
+    def write(self, key: str, content: bytes) -> None:
+        """Write an object whole or not at all."""
+
+    def upload(self, key: str, file: Path) -> None:
+        """Write a file as an object, whole or not at all."""
+
+    def move(self, source: str, target: str) -> None:
+        """Give an object another key; a reader sees the old object there or the new one."""
+
+    def delete(self, prefix: str) -> None:
+        """Remove the object `prefix` and every object below `prefix/`."""
+
+
+def open_store(address: Address, s3: S3Settings) -> Store:
+    """Return the store of an address; nothing is asked of it yet."""
+    return FolderStore(address) if address.bucket is None else BucketStore(address, s3)
+
+
+class FolderStore:
+    """A folder of this machine."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.folder = Path(address.path)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield every file below the folder; a missing folder is an error at the root only."""
+        if not prefix and not self.folder.is_dir():
+            raise StorageError(f"expected a folder at {self.folder}, found none; check the path.")
+        if not (self.folder / prefix).exists():
+            return
+        for parent, folders, files in os.walk(self.folder / prefix, onerror=_raise_readable):
+            folders.sort()
+            for name in sorted(files):
+                file = Path(parent) / name
+                status = file.lstat() if file.is_symlink() and not file.exists() else file.stat()
+                yield Entry(
+                    str(file.relative_to(self.folder)),
+                    status.st_size,
+                    datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC),
+                    str(status.st_mtime_ns),
+                )
+
+    def read(self, key: str) -> bytes | None:
+        """Return a file's bytes, None if there is none."""
+        with _readable_os_errors(self.address / key):
+            try:
+                return (self.folder / key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def write(self, key: str, content: bytes) -> None:
+        """Write beside the target, then rename."""
+        self._write(key, lambda temporary: temporary.write_bytes(content))
+
+    def upload(self, key: str, file: Path) -> None:
+        """Copy a file in, keeping its modification time."""
+        self._write(key, lambda temporary: shutil.copy2(file, temporary))
+
+    def _write(self, key: str, fill: Callable[[Path], object]) -> None:
+        target = self.folder / key
+        with _readable_os_errors(self.address / key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".write-")
+            os.close(handle)
+            temporary = Path(name)
+            try:
+                fill(temporary)
+                temporary.chmod(0o644)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file."""
+        with _readable_os_errors(self.address / target):
+            (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / source).replace(self.folder / target)
+
+    def delete(self, prefix: str) -> None:
+        """Remove a file or a whole folder."""
+        target = self.folder / prefix
+        with _readable_os_errors(self.address / prefix):
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+
+class BucketStore:
+    """A prefix of an S3 bucket, by boto3: driver only, workers have no boto3."""
+
+    def __init__(self, address: Address, s3: S3Settings) -> None:
+        assert address.bucket is not None
+        self.address = address
+        self.bucket = address.bucket
+        self.s3 = s3
+
+    @cached_property
+    def client(self) -> Any:
+        """The S3 client; its own retries cover throttling and short outages."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.s3.endpoint,
+            region_name=self.s3.region,
+            aws_access_key_id=self.s3.access_key,
+            aws_secret_access_key=self.s3.secret_key,
+            config=Config(
+                connect_timeout=5,
+                read_timeout=60,
+                retries={"total_max_attempts": 4, "mode": "standard"},
+                max_pool_connections=32,
+                s3={"addressing_style": "path" if self.s3.endpoint else "auto"},
+            ),
+        )
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield every object below the prefix; folder markers (`name/`, empty) are none."""
+        root = f"{self.address.path}/" if self.address.path else ""
+        pages = self.client.get_paginator("list_objects_v2")
+        with self._readable_errors():
+            for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix):
+                for item in page.get("Contents", []):
+                    if item["Key"].endswith("/") and item["Size"] == 0:
+                        continue
+                    yield Entry(
+                        item["Key"].removeprefix(root),
+                        item["Size"],
+                        item["LastModified"].astimezone(UTC),
+                        item["ETag"].strip('"'),
+                    )
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's bytes, None if there is none."""
+        with self._readable_errors():
+            try:
+                found = self.client.get_object(Bucket=self.bucket, Key=self._full(key))
+                content: bytes = found["Body"].read()
+                return content
+            except self.client.exceptions.NoSuchKey:
+                return None
+
+    def write(self, key: str, content: bytes) -> None:
+        """PUT one object: S3 shows it whole or not at all."""
+        with self._readable_errors():
+            self.client.put_object(Bucket=self.bucket, Key=self._full(key), Body=content)
+
+    def upload(self, key: str, file: Path) -> None:
+        """Upload a file, in parts when it is large."""
+        with self._readable_errors():
+            self.client.upload_file(str(file), self.bucket, self._full(key))
+
+    def move(self, source: str, target: str) -> None:
+        """Copy within S3, then delete the source."""
+        with self._readable_errors():
+            origin = {"Bucket": self.bucket, "Key": self._full(source)}
+            self.client.copy(origin, self.bucket, self._full(target))
+            self.client.delete_object(**origin)
+
+    def delete(self, prefix: str) -> None:
+        """Remove the object and all below it, 1,000 keys a request."""
+        keys = [prefix, *(entry.key for entry in self.list(f"{prefix}/"))]
+        with self._readable_errors():
+            for start in range(0, len(keys), 1000):
+                some = [{"Key": self._full(key)} for key in keys[start : start + 1000]]
+                self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": some})
+
+    def create_bucket(self) -> None:
+        """Create the bucket of this address."""
+        with self._readable_errors():
+            self.client.create_bucket(Bucket=self.bucket)
+
+    def _full(self, key: str) -> str:
+        return f"{self.address.path}/{key}" if self.address.path else key
+
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        from boto3.exceptions import S3UploadFailedError
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            raise StorageError(self._explain(error.response.get("Error", {}))) from error
+        except (BotoCoreError, S3UploadFailedError) as error:
+            where = self.s3.endpoint or "S3"
+            raise StorageError(
+                f"{where} could not be asked for {self.address}: {error}. "
+                "Check the endpoint, the network and the credentials, then run again."
+            ) from error
+
+    def _explain(self, error: Mapping[str, str]) -> str:
+        code = error.get("Code", "unknown error")
+        remedies = {
+            "NoSuchBucket": "the bucket does not exist; check its name or create it",
+            "InvalidAccessKeyId": "the access key is not known there; check the credentials",
+            "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
+            "ExpiredToken": "the credentials have expired; get new ones",
+            "AccessDenied": "these credentials may not do this; check the role's policy",
+            "403": "these credentials may not do this; check the role's policy",
+            "404": "there is no such bucket or object; check the address",
+        }
+        detail = remedies.get(code, error.get("Message", "no more is known"))
+        return f"{self.address}: S3 answered {code}: {detail}."
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads image bytes inside a Spark task: picklable, opened once per Python process.
+
+    For S3 it is one GET per image by obstore (a Rust client that runs outside Python's lock, with
+    retries of its own): S3A would open images one after the other, a round trip at a time.
+    """
+
+    address: Address
+    s3: S3Settings
+
+    def open(self) -> Callable[[str], tuple[bytes, str]]:
+        """Return a thread-safe function from key to (bytes, version).
+
+        It raises FileNotFoundError for an object that is gone, PermissionError for one that is
+        forbidden, ValueError for a key that cannot be asked for, OSError when S3 does not answer.
+        """
+        return self._open_folder() if self.address.bucket is None else self._open_bucket()
+
+    def _open_folder(self) -> Callable[[str], tuple[bytes, str]]:
+        folder = Path(self.address.path)
+
+        def read(key: str) -> tuple[bytes, str]:
+            with (folder / key).open("rb") as file:
+                return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
+
+        return read
+
+    def _open_bucket(self) -> Callable[[str], tuple[bytes, str]]:
+        from datetime import timedelta
+
+        from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError
+        from obstore.store import S3Store
+
+        given = {
+            "endpoint": self.s3.endpoint,
+            "region": self.s3.region,
+            "access_key_id": self.s3.access_key,
+            "secret_access_key": self.s3.secret_key,
+        }
+        store = S3Store(
+            self.address.bucket,
+            prefix=self.address.path or None,
+            virtual_hosted_style_request=self.s3.endpoint is None,
+            client_options={
+                "allow_http": (self.s3.endpoint or "").startswith("http://"),
+                "connect_timeout": timedelta(seconds=5),
+                "timeout": timedelta(seconds=60),
+            },
+            retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=90)},
+            **{name: value for name, value in given.items() if value},
+        )
+
+        def read(key: str) -> tuple[bytes, str]:
+            try:
+                found = store.get(key)
+                content = bytes(found.bytes())
+            except InvalidPathError as error:
+                raise ValueError(f"S3 cannot be asked for this key: {_first_line(error)}") from error
+            except PermissionDeniedError as error:
+                raise PermissionError("forbidden: these credentials may not read it") from error
+            except FileNotFoundError:
+                raise
+            except BaseError as error:
+                raise OSError(f"{self.address}/{key}: {_first_line(error)}") from error
+            return content, (found.meta["e_tag"] or "").strip('"')
+
+        return read
+
+
+@contextmanager
+def _readable_os_errors(address: Address) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _raise_readable(error, address)
+
+
+def _raise_readable(error: OSError, address: Address | None = None) -> None:
+    where = address or error.filename
+    raise StorageError(
+        f"{where}: {error.strerror or error}. Check that it exists, that it is yours to use "
+        "and that the disk has room, then run again."
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
