@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
 
@@ -52,7 +52,7 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
                 return _pixels(image, size)
     except BadImageError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadImageError(f"not an image: begins with {content[:8]!r}") from None
     except Image.DecompressionBombError as error:
         raise BadImageError(str(error)) from None

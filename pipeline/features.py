@@ -32,17 +32,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyspark.accumulators import Accumulator
-from pyspark.broadcast import Broadcast
+from pyspark.core.broadcast import Broadcast
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
+from pyspark.sql import functions as sf
+from pyspark.sql import types as st
 
 from pipeline.backbones import Model, load_network
 from pipeline.decode import BadImageError, decode
 from pipeline.errors import StateError
 from pipeline.images import LISTING
 from pipeline.session import task_slots
-from pipeline.storage import ImageReader, Store
+from pipeline.storage import Address, ImageReader, Store
 
 GETS_AHEAD = 24  # a GET takes 20-50 ms and an image 8 ms of a core: a few more than cover it
 BYTES_AHEAD = 48_000_000  # keeps a Python worker small when the images are large
@@ -51,17 +51,17 @@ IMAGES_PER_SLOT_AND_BATCH = 2048  # some 15 s of work: what a killed driver lose
 
 READ, DECODE = "read", "decode"  # the stages at which an image can end in quarantine
 
-ROWS = T.StructType(
+ROWS = st.StructType(
     [
-        T.StructField("path", T.StringType(), nullable=False),
-        T.StructField("label", T.StringType()),
-        T.StructField("length", T.LongType(), nullable=False),
-        T.StructField("modified", T.TimestampType(), nullable=False),
-        T.StructField("version", T.StringType(), nullable=False),
-        T.StructField("batch", T.StringType(), nullable=False),
-        T.StructField("features", T.ArrayType(T.FloatType(), containsNull=False)),
-        T.StructField("stage", T.StringType()),
-        T.StructField("reason", T.StringType()),
+        st.StructField("path", st.StringType(), nullable=False),
+        st.StructField("label", st.StringType()),
+        st.StructField("length", st.LongType(), nullable=False),
+        st.StructField("modified", st.TimestampType(), nullable=False),
+        st.StructField("version", st.StringType(), nullable=False),
+        st.StructField("batch", st.StringType(), nullable=False),
+        st.StructField("features", st.ArrayType(st.FloatType(), containsNull=False)),
+        st.StructField("stage", st.StringType()),
+        st.StructField("reason", st.StringType()),
     ]
 )
 ARROW_ROWS = pa.schema(
@@ -163,35 +163,51 @@ class FeatureTable:
         content = self.output.read(f"{self.root}/index.parquet")
         return None if content is None else pq.read_table(io.BytesIO(content))
 
-    def write_index(self, index: pa.Table) -> None:
-        """Keep the index of a complete pass."""
+    def images(self) -> Address:
+        """Return where the images of the last complete pass lay.
+
+        Raises
+        ------
+        StateError
+            When no pass is complete.
+        """
+        index = self.read_index()
+        if index is None:
+            raise StateError(
+                f"expected a complete feature table in {self.output.address}/{self.root}, found "
+                "an unfinished one. Finish it: fruits features IMAGES OUTPUT"
+            )
+        return Address.parse((index.schema.metadata or {})[b"images"].decode())
+
+    def write_index(self, index: pa.Table, images: Address) -> None:
+        """Keep the index of a complete pass, and where its images lie."""
         content = io.BytesIO()
-        pq.write_table(index, content, compression="zstd")
+        described = index.replace_schema_metadata({"images": str(images)})
+        pq.write_table(described, content, compression="zstd")
         self.output.write(f"{self.root}/index.parquet", content.getvalue())
 
     def rows(self, spark: SparkSession, index: pa.Table) -> DataFrame:
         """Return the live rows that have features: path, label, batch, features.
 
-        Most batches are live as a whole; only those with rows that were dropped or replaced
-        since are joined with the index.
+        Rows whose images were dropped or replaced since are left out by a join with the index,
+        where there are such rows.
         """
         batches = sorted(set(index["batch"].to_pylist()))
         table = spark.read.schema(ROWS).parquet(*(self.batch_uri(batch) for batch in batches))
+        all_live = table.count() == index.num_rows  # answered by the files' footers
         table = table.select("path", "label", "version", "batch", "features").where(
-            F.col("features").isNotNull()
+            sf.col("features").isNotNull()
         )
-        if table_has_more_rows(spark, self, batches, index):
+        if not all_live:
             live = spark.createDataFrame(index.select(["path", "version", "batch"]))
             table = table.join(live, ["path", "version", "batch"], "left_semi")
         return table.select("path", "label", "batch", "features")
 
 
-def table_has_more_rows(
-    spark: SparkSession, table: FeatureTable, batches: list[str], index: pa.Table
-) -> bool:
-    """Tell whether the batches hold rows that the index no longer has."""
-    kept = spark.read.parquet(*(table.batch_uri(batch) for batch in batches)).count()
-    return bool(kept > index.num_rows)
+def models_in(output: Store) -> list[Model]:
+    """Return the models whose feature tables lie below an OUTPUT."""
+    described = [e.key for e in output.list("features/") if e.key.endswith("/model.json")]
+    return [Model(**json.loads(output.read(key) or b"{}")) for key in sorted(described)]
 
 
 def compute_features(
@@ -241,7 +257,7 @@ def compute_features(
         known = pa.concat_tables([known, _index_of(spark, table, fresh)])
     index = _live_index(images, known)
     previous = table.read_index()
-    table.write_index(index)
+    table.write_index(index, reader.address)
     return Pass(
         index=index,
         computed=todo.num_rows,

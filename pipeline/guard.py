@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 
-SECONDS_TO_STOP = 5.0
+SECONDS_TO_STOP = 1.0  # what they hold is thrown away with them
 
 
 def main(command: list[str]) -> int:

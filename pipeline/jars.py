@@ -30,7 +30,7 @@ LOCK_FILE = Path(__file__).with_name("jars.lock")
 
 # The newest release in Maven Central. Its two classes of commit protocol did not change since
 # Spark 3.1, and the tests prove on a real S3 server that they run inside the locked Spark.
-SPARK_HADOOP_CLOUD = "org.apache.spark:spark-hadoop-cloud_2.13:4.1.2"
+SPARK_HADOOP_CLOUD = ("org.apache.spark", "spark-hadoop-cloud_2.13", "4.1.2")
 SDK_MODULES = ("s3", "s3-transfer-manager", "sts")  # what S3A uses of the 600 MB SDK bundle
 
 
@@ -78,7 +78,8 @@ def read_lock(file: Path = LOCK_FILE) -> list[Jar]:
     for line in file.read_text().splitlines():
         if line and not line.startswith("#"):
             coordinate, size, sha256 = line.split()
-            jars.append(Jar(*coordinate.split(":"), size=int(size), sha256=sha256))
+            organisation, name, version = coordinate.split(":")
+            jars.append(Jar(organisation, name, version, int(size), sha256))
     return jars
 
 
@@ -118,9 +119,7 @@ def _fetch_missing(missing: list[Jar], folder: Path) -> None:
             (arrived / jar.file_name).replace(folder / jar.file_name)
 
 
-def _resolve(
-    modules: Iterable[tuple[str, str, str]], scratch: Path, *, transitive: bool
-) -> Path:
+def _resolve(modules: Iterable[tuple[str, str, str]], scratch: Path, *, transitive: bool) -> Path:
     """Let Ivy bring `modules` below `scratch`; return the folder that holds the jars."""
     dependencies = "".join(
         f"<dependency org={quoteattr(o)} name={quoteattr(n)} rev={quoteattr(v)} "
@@ -149,8 +148,7 @@ def _resolve(
     with subprocess.Popen(  # noqa: S603
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in process.stdout or ():
             output.append(line)
             if "[SUCCESSFUL ]" in line:
                 _say("  " + line.split("]", 1)[1].split("!")[0].strip())
@@ -164,7 +162,7 @@ def lock(file: Path = LOCK_FILE) -> None:
     """Resolve S3A for the installed Spark anew and write the lock file.
 
     The version of hadoop-aws is that of the Hadoop client inside pyspark, and the version of the
-    AWS SDK is the one hadoop-aws names; jars of which Spark ships a release of its own are left out.
+    AWS SDK is the one hadoop-aws names; a jar of which Spark ships a release is left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -172,9 +170,8 @@ def lock(file: Path = LOCK_FILE) -> None:
         _resolve([hadoop_aws], scratch, transitive=False)
         named = _dependencies_named_by(hadoop_aws, scratch / "cache")
         sdk = named["bundle"][2]
-        spark_cloud = tuple(SPARK_HADOOP_CLOUD.split(":"))
         # S3A's auditor reads constants of the analytics stream, even where that stream is off.
-        plain = [hadoop_aws, spark_cloud, named["analyticsaccelerator-s3"]]
+        plain = [hadoop_aws, SPARK_HADOOP_CLOUD, named["analyticsaccelerator-s3"]]
         _resolve(plain, scratch, transitive=False)
         modules = [("software.amazon.awssdk", module, sdk) for module in SDK_MODULES]
         jars = _resolve(modules, scratch, transitive=True)

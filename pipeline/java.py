@@ -74,7 +74,7 @@ def _without_vector_module(packaged: Path) -> Path:
     wrapper = home / "bin" / "java"
     text = (
         "#!/bin/sh\n"
-        'for option do\n    shift\n    case $option in\n'
+        "for option do\n    shift\n    case $option in\n"
         "        --add-modules=jdk.incubator.vector) ;;\n"
         '        *) set -- "$@" "$option" ;;\n    esac\ndone\n'
         f'exec "{packaged}/bin/java" "$@"\n'

@@ -61,7 +61,7 @@ class Observer(Protocol):
     """Who is told how a job gets on."""
 
     def stage(self, name: str) -> None:
-        """Hear that a stage begins: list, model, features, pca, matrix, report."""
+        """Hear that a stage begins: list, model, spark, features, pca, matrix, report."""
 
     def progress(self, progress: Progress) -> None:
         """Hear how far the features are."""
@@ -126,15 +126,8 @@ class Job:
         with self._timed("list"):
             listing = list_images(open_store(self.images, self.s3))
         unchanged = self._unchanged(previous, listing)
-        run = unchanged or self._features_and_matrix(listing)
-        run["timings"] = {**self.timings, "total": time.monotonic() - began}
-        run["finished"] = datetime.now(UTC).isoformat()
-        content = json.dumps(run, indent=2, ensure_ascii=False).encode()
-        if unchanged:
-            self.store.write("run.json", content)
-        else:
-            publish(self.store, content)
-        return run
+        run = unchanged or self._result(self._compute(listing), listing.ignored)
+        return self._finish(run, began)
 
     def features(self) -> Run:
         """Bring the feature table up to date and stop there."""
@@ -142,7 +135,26 @@ class Job:
         with self._timed("list"):
             listing = list_images(open_store(self.images, self.s3))
         done = self._compute(listing)
-        return {"counts": _counts(done, listing), "timings": self.timings}
+        return {"counts": _counts(done, listing.ignored), "timings": self.timings}
+
+    def fit(self) -> Run:
+        """Do what follows the features, from the table as its last complete pass left it.
+
+        Raises
+        ------
+        StateError
+            When no pass over the images is complete.
+        """
+        began = time.monotonic()
+        index = self.table.read_index()
+        if index is None:
+            raise StateError(
+                f"expected a complete feature table of {self.model.id} in {self.output}, found "
+                f"none. Compute it: fruits features IMAGES {self.output}"
+            )
+        done = Pass(index, computed=0, reused=index.num_rows, dropped=0)
+        run = self._result(done, ignored=0)
+        return self._finish(run, began)
 
     def _unchanged(self, previous: Run | None, listing: Listing) -> Run | None:
         """Return the previous run, recounted, if this one would only repeat it."""
@@ -156,7 +168,7 @@ class Job:
             **previous,
             "run_id": self._run_id(),
             "started": self.started.isoformat(),
-            "counts": _counts(done, listing),
+            "counts": _counts(done, listing.ignored),
             "pca": {**previous["pca"], "fit": "unchanged", "rows_read": 0},
             "images_per_second": None,
         }
@@ -166,8 +178,17 @@ class Job:
         pca = previous["pca"]
         return bool(pca["requested"] == wanted and pca["standardize"] == self.pca.standardize)
 
-    def _features_and_matrix(self, listing: Listing) -> Run:
-        done = self._compute(listing)
+    def _finish(self, run: Run, began: float) -> Run:
+        run["timings"] = {**self.timings, "total": time.monotonic() - began}
+        run["finished"] = datetime.now(UTC).isoformat()
+        content = json.dumps(run, indent=2, ensure_ascii=False).encode()
+        if "matrix" in self.timings:
+            publish(self.store, content)
+        else:
+            self.store.write("run.json", content)  # nothing new: the result stays as it is
+        return run
+
+    def _result(self, done: Pass, ignored: int) -> Run:
         good = done.index.filter(pc.is_null(done.index["stage"]))
         bad = done.index.filter(pc.is_valid(done.index["stage"]))
         if not good.num_rows:
@@ -184,7 +205,7 @@ class Job:
             write_matrix(self.spark(), features, pca, self.store)
             for name, content in self._small_files(pca, state, bad).items():
                 self.store.write(f"{NEXT}/{name}", content)
-        run = self._describe(listing, done, pca, rows_read)
+        run = self._describe(done, ignored, pca, rows_read)
         with self._timed("report"):
             report = self._report(run, pca, good, bad)
             self.store.write(f"{NEXT}/report.html", report.encode())
@@ -193,8 +214,9 @@ class Job:
     def _compute(self, listing: Listing) -> Pass:
         with self._timed("model"):
             flatbuffer = self.table.open(self.flatbuffer)
-        with self._timed("features"):
+        with self._timed("spark"):
             spark = self.spark()
+        with self._timed("features"):
             return compute_features(
                 spark, self.table, listing.images, self.reader, flatbuffer, self.observer.progress
             )
@@ -247,18 +269,18 @@ class Job:
         run = {**run, "timings": timings, "finished": datetime.now(UTC).isoformat()}
         return render_report(run, scores, pca.variance_ratio, bad, thumbnails)
 
-    def _describe(self, listing: Listing, done: Pass, pca: PCA, rows_read: int) -> Run:
+    def _describe(self, done: Pass, ignored: int, pca: PCA, rows_read: int) -> Run:
         spark = self.spark()
         rows = done.index.filter(pc.is_null(done.index["stage"]))
         labels = Counter(label or "" for label in rows["label"].to_pylist())
-        seconds = self.timings["features"]
+        seconds = self.timings.get("features", 0.0)
         fit = "full" if rows_read == rows.num_rows else "grown" if rows_read else "unchanged"
         return {
             "run_id": self._run_id(),
             "started": self.started.isoformat(),
             "images": str(self.images),
             "output": str(self.output),
-            "counts": _counts(done, listing),
+            "counts": _counts(done, ignored),
             "labels": dict(sorted(labels.items())),
             "model": self.model.to_json(),
             "pca": {
@@ -336,23 +358,25 @@ class Job:
         self.timings[stage] = time.monotonic() - began
 
 
-def _counts(done: Pass, listing: Listing) -> dict[str, int]:
+def _counts(done: Pass, ignored: int) -> dict[str, int]:
     quarantined = done.index["stage"].length() - done.index["stage"].null_count
     return {
-        "listed": listing.images.num_rows,
+        "listed": done.index.num_rows,
         "features": done.index.num_rows - quarantined,
         "quarantined": quarantined,
         "computed": done.computed,
         "reused": done.reused,
         "dropped": done.dropped,
-        "ignored": listing.ignored,
+        "ignored": ignored,
     }
 
 
 def _digests(index: pa.Table) -> dict[str, str]:
     """Return, for each batch, a digest of which of its rows are live and have features."""
-    rows = defaultdict(hashlib.sha256)
-    good = index.filter(pc.is_null(index["stage"])).sort_by([("batch", "ascending"), ("path", "ascending")])
+    rows: dict[str, Any] = defaultdict(hashlib.sha256)
+    good = index.filter(pc.is_null(index["stage"])).sort_by(
+        [("batch", "ascending"), ("path", "ascending")]
+    )
     columns = (good[name].to_pylist() for name in ("batch", "path", "version"))
     for batch, path, version_ in zip(*columns, strict=True):
         rows[batch].update(f"{path}\0{version_}\0".encode())

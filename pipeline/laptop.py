@@ -23,7 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ HOST = "127.0.0.1"
 WORKERS = 2
 WORKER_MEMORY = "1g"  # of Java; Python and the model come on top of it
 SECONDS_TO_START = 90.0
+# On a small machine, half of the wait is the JVMs compiling code that runs once.
+QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,23 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
     """
     with ExitStack() as stack:
         folder = stack.enter_context(_private_folder(base))
-        s3 = stack.enter_context(_s3_server(folder)) if with_s3 else S3Settings()
-        _write_settings(folder / "conf", s3)
         stack.enter_context(_environment(_spark_environment(folder)))
-        master, page = stack.enter_context(_master(folder))
-        with (folder / "conf" / "spark-defaults.conf").open("a") as settings:
-            settings.write(f"spark.master {master}\n")
+        servers = stack.enter_context(_Servers(folder))
+        s3 = _new_s3() if with_s3 else S3Settings()
+        master = _new_master()
+        _write_settings(folder / "conf", s3, master)
+        servers.start("master", _master_command(master))
+        if with_s3:
+            servers.start("s3", _s3_command(folder / "s3", s3), _s3_inner_keys())
+        servers.wait("master", lambda: _json(f"{master.page}/json/") is not None)
         for number in range(1, WORKERS + 1):
-            stack.enter_context(_worker(folder, master, number))
-        pages = _pages_once_registered(folder, page)
-        yield Loopback(master, pages, folder / "conf", s3)
+            work = folder / f"worker-{number}"
+            servers.start(work.name, _worker_command(master, work))
+        if with_s3:
+            servers.wait("s3", lambda: _s3_answers(s3))
+        servers.wait("worker-1", lambda: len(_workers(master)) == WORKERS)
+        workers = {f"worker {n}": w["webuiaddress"] for n, w in enumerate(_workers(master), 1)}
+        yield Loopback(master.url, {"master": master.page, **workers}, folder / "conf", s3)
 
 
 @contextmanager
@@ -100,64 +109,106 @@ def _private_folder(base: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _s3_server(folder: Path) -> Iterator[S3Settings]:
-    keys = S3Settings(
+class _Servers:
+    """The processes of one cluster, each under a guard that ends it when this process is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.guards: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> _Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for guard in self.guards.values():
+            if guard.stdin:
+                guard.stdin.close()
+        for guard in self.guards.values():
+            guard.wait()
+
+    def start(
+        self, name: str, command: list[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start a server whose output goes to a log of its name."""
+        with self._log(name).open("ab") as output:
+            self.guards[name] = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", "pipeline.guard", *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=os.environ | (environment or {}),
+            )
+
+    def wait(self, name: str, ready: Callable[[], bool]) -> None:
+        """Wait until a server is ready, as long as it lives."""
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not ready():
+            if self.guards[name].poll() is not None or time.monotonic() > deadline:
+                tail = self._log(name).read_text(errors="replace").splitlines()[-8:]
+                raise ClusterError(
+                    f"expected the {name} to start within {SECONDS_TO_START:.0f} s, it did not. "
+                    "Run again; its log ends:\n" + "\n".join(tail)
+                )
+            time.sleep(0.1)
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+
+def _new_s3() -> S3Settings:
+    return S3Settings(
+        endpoint=f"http://{HOST}:{_free_ports(1)[0]}",
         region="eu-west-3",
         access_key=secrets.token_hex(10).upper(),
         secret_key=secrets.token_urlsafe(30),
     )
-    home = folder / "s3"
+
+
+def _s3_command(home: Path, s3: S3Settings) -> list[str]:
     (home / "data").mkdir(parents=True)
     identity = {
         "name": "fruits",
-        "credentials": [{"accessKey": keys.access_key, "secretKey": keys.secret_key}],
+        "credentials": [{"accessKey": s3.access_key, "secretKey": s3.secret_key}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     _write_private(home / "identities.json", json.dumps({"identities": [identity]}))
-
-    def command(ports: list[int]) -> list[str]:
-        options = {
-            "dir": home / "data",
-            "ip": HOST,
-            "ip.bind": HOST,
-            "master.port": ports[1],
-            "master.port.grpc": ports[2],
-            "master.telemetry": "false",
-            "master.volumeSizeLimitMB": 1024,
-            "volume.port": ports[3],
-            "volume.port.grpc": ports[4],
-            "volume.max": 0,
-            "filer": "true",
-            "filer.port": ports[5],
-            "filer.port.grpc": ports[6],
-            "filer.exposeDirectoryData": "false",
-            "filer.localSocket": home / "filer.sock",
-            "s3": "true",
-            "s3.port": ports[0],
-            "s3.port.grpc": ports[7],
-            "s3.port.iceberg": 0,
-            "s3.port.lance": 0,
-            "s3.config": home / "identities.json",
-            "s3.iam": "false",
-            "s3.localSocket": home / "s3.sock",
-        }
-        weed = Path(sysconfig.get_path("scripts")) / "weed"
-        arguments = [f"-{name}={value}" for name, value in options.items()]
-        return [str(weed), "-logtostderr=true", "server", *arguments]
-
-    # SeaweedFS's inner services speak HTTP too: with these keys they answer to its S3 only.
-    signing = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
-    inner = {f"WEED_JWT_{name}_KEY": secrets.token_urlsafe(30) for name in signing}
-    log = folder / "s3.log"
-    with _server(log, command, 8, _s3_answers, os.environ | inner) as ports:
-        yield replace(keys, endpoint=f"http://{HOST}:{ports[0]}")
+    names = ("master.port", "volume.port", "filer.port")
+    inner = [*names, *(f"{name}.grpc" for name in names), "s3.port.grpc"]
+    options: dict[str, object] = {
+        "dir": home / "data",
+        "ip": HOST,
+        "ip.bind": HOST,
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 1024,
+        "volume.max": 0,
+        "volume.preStopSeconds": 0,
+        "filer": "true",
+        "filer.exposeDirectoryData": "false",
+        "filer.localSocket": home / "filer.sock",
+        "s3": "true",
+        "s3.port": str(s3.endpoint).rpartition(":")[2],
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.config": home / "identities.json",
+        "s3.iam": "false",
+        "s3.localSocket": home / "s3.sock",
+        **dict(zip(inner, _free_ports(len(inner)), strict=True)),
+    }
+    weed = Path(sysconfig.get_path("scripts")) / "weed"
+    arguments = [f"-{name}={value}" for name, value in options.items()]
+    return [str(weed), "-logtostderr=true", "server", *arguments]
 
 
-def _s3_answers(ports: list[int]) -> bool:
+def _s3_inner_keys() -> dict[str, str]:
+    """Return keys with which SeaweedFS's inner HTTP services answer to its own S3 only."""
+    names = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
+    return {f"WEED_JWT_{name}_KEY": secrets.token_urlsafe(30) for name in names}
+
+
+def _s3_answers(s3: S3Settings) -> bool:
     """Tell whether S3 answers; a request without credentials is refused with 403."""
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{ports[0]}/", timeout=2):
+        with urllib.request.urlopen(f"{s3.endpoint}/", timeout=2):  # noqa: S310
             return False
     except urllib.error.HTTPError as error:
         return error.code == 403
@@ -165,15 +216,58 @@ def _s3_answers(ports: list[int]) -> bool:
         return False
 
 
-def _write_settings(conf: Path, s3: S3Settings) -> None:
+@dataclass(frozen=True)
+class _Master:
+    port: int
+    page_port: int
+
+    @property
+    def url(self) -> str:
+        return f"spark://{HOST}:{self.port}"
+
+    @property
+    def page(self) -> str:
+        return f"http://{HOST}:{self.page_port}"
+
+
+def _new_master() -> _Master:
+    return _Master(*_free_ports(2))
+
+
+def _master_command(master: _Master) -> list[str]:
+    ports = ["--port", str(master.port), "--webui-port", str(master.page_port)]
+    return [*_spark_class("master.Master"), "--host", HOST, *ports]
+
+
+def _worker_command(master: _Master, work: Path) -> list[str]:
+    cores = max(1, (os.cpu_count() or 1) // WORKERS)
+    size = ["--cores", str(cores), "--memory", WORKER_MEMORY, "--work-dir", str(work)]
+    ports = ["--port", "0", "--webui-port", "0"]
+    return [*_spark_class("worker.Worker"), "--host", HOST, *ports, *size, master.url]
+
+
+def _spark_class(name: str) -> list[str]:
+    return [str(spark_home() / "bin" / "spark-class"), f"org.apache.spark.deploy.{name}"]
+
+
+def _workers(master: _Master) -> list[Any]:
+    known = _json(f"{master.page}/json/") or {"workers": []}
+    return [worker for worker in known["workers"] if worker["state"] == "ALIVE"]
+
+
+def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
     conf.mkdir(mode=0o700)
     scratch = conf.parent / "scratch"
-    here = {
+    jars = ":".join(str(jar) for jar in fetch())
+    here: dict[str, object] = {
+        "spark.master": master.url,
         "spark.authenticate.secret": secrets.token_urlsafe(48),
-        "spark.jars": ",".join(str(jar) for jar in fetch()),
+        "spark.driver.extraClassPath": jars,
+        "spark.executor.extraClassPath": jars,
         "spark.driver.host": HOST,
         "spark.driver.bindAddress": HOST,
         "spark.driver.memory": "1g",
+        "spark.driver.extraJavaOptions": QUICK_START,
         "spark.executor.memory": WORKER_MEMORY,
         "spark.local.dir": scratch,
         "spark.sql.warehouse.dir": scratch / "warehouse",
@@ -216,97 +310,9 @@ def _spark_environment(folder: Path) -> dict[str, str]:
         "SPARK_LOCAL_IP": HOST,
         "SPARK_LOCAL_DIRS": str(folder / "scratch"),
         "SPARK_DAEMON_MEMORY": "512m",
-        "SPARK_DAEMON_JAVA_OPTS": "-Dfruits.log.level=info",
+        "SPARK_DAEMON_JAVA_OPTS": f"{QUICK_START} -Dfruits.log.level=info",
         "JAVA_HOME": str(find_java_home()),
     }
-
-
-@contextmanager
-def _master(folder: Path) -> Iterator[tuple[str, str]]:
-    def command(ports: list[int]) -> list[str]:
-        address = ["--host", HOST, "--port", str(ports[0]), "--webui-port", str(ports[1])]
-        return [*_spark_class("master.Master"), *address]
-
-    def answers(ports: list[int]) -> bool:
-        found = _json(f"http://{HOST}:{ports[1]}/json/")
-        return bool(found) and found["url"] == f"spark://{HOST}:{ports[0]}"
-
-    with _server(folder / "master.log", command, 2, answers) as ports:
-        yield f"spark://{HOST}:{ports[0]}", f"http://{HOST}:{ports[1]}"
-
-
-@contextmanager
-def _worker(folder: Path, master: str, number: int) -> Iterator[None]:
-    cores = max(1, (os.cpu_count() or 1) // WORKERS)
-    work = folder / f"worker-{number}"
-
-    def command(ports: list[int]) -> list[str]:
-        address = ["--host", HOST, "--port", str(ports[0]), "--webui-port", str(ports[1])]
-        size = ["--cores", str(cores), "--memory", WORKER_MEMORY, "--work-dir", str(work)]
-        return [*_spark_class("worker.Worker"), *address, *size, master]
-
-    with _server(folder / f"worker-{number}.log", command, 2, lambda _: True):
-        yield
-
-
-def _pages_once_registered(folder: Path, master_page: str) -> dict[str, str]:
-    def alive() -> list[Any]:
-        found = _json(f"{master_page}/json/") or {"workers": []}
-        return [worker for worker in found["workers"] if worker["state"] == "ALIVE"]
-
-    if not _wait(lambda: len(alive()) == WORKERS):
-        raise ClusterError(
-            f"expected {WORKERS} workers, found {len(alive())} after {SECONDS_TO_START:.0f} s. "
-            f"The worker's log ends:\n{_tail(folder / 'worker-1.log')}"
-        )
-    workers = {f"worker {n}": w["webuiaddress"] for n, w in enumerate(alive(), 1)}
-    return {"master": master_page, **workers}
-
-
-def _spark_class(name: str) -> list[str]:
-    return [str(spark_home() / "bin" / "spark-class"), f"org.apache.spark.deploy.{name}"]
-
-
-@contextmanager
-def _server(
-    log: Path,
-    command: Callable[[list[int]], list[str]],
-    ports_wanted: int,
-    answers: Callable[[list[int]], bool],
-    environment: Mapping[str, str] | None = None,
-) -> Iterator[list[int]]:
-    """Run a server under a guard, on free ports; try again if another program took one of them."""
-    for attempts_left in (2, 1, 0):
-        ports = _free_ports(ports_wanted)
-        guard = _guarded(command(ports), log, environment)
-        try:
-            if _wait(lambda g=guard, p=ports: g.poll() is not None or answers(p)):  # type: ignore[misc]
-                if guard.poll() is None:
-                    yield ports
-                    return
-            if not attempts_left or guard.poll() is None:
-                raise ClusterError(f"{log.stem} did not start. Its log ends:\n{_tail(log)}")
-        finally:
-            _stop(guard)
-
-
-def _guarded(
-    command: list[str], log: Path, environment: Mapping[str, str] | None
-) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "pipeline.guard", *command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env=dict(environment or os.environ),
-        )
-
-
-def _stop(guard: subprocess.Popen[bytes]) -> None:
-    assert guard.stdin is not None
-    guard.stdin.close()
-    guard.wait()
 
 
 def _free_ports(count: int) -> list[int]:
@@ -317,15 +323,6 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in found]
 
 
-def _wait(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS_TO_START
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def _json(url: str) -> Any:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310
@@ -334,13 +331,9 @@ def _json(url: str) -> Any:
         return None
 
 
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-
-
 def _write_private(file: Path, text: str) -> None:
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as content:
-        content.write(text)
+    file.touch(mode=0o600, exist_ok=False)
+    file.write_text(text)
 
 
 @contextmanager

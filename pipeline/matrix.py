@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.broadcast import Broadcast
+from pyspark.core.broadcast import Broadcast
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import types as T
+from pyspark.sql import types as st
 
 from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
@@ -42,9 +42,9 @@ def write_matrix(spark: SparkSession, features: DataFrame, pca: PCA, output: Sto
         The projection; the matrix gets columns path, label, pc_1 .. pc_k (double).
     """
     names = [f"pc_{number}" for number in range(1, pca.k + 1)]
-    schema = T.StructType(
-        [T.StructField("path", T.StringType()), T.StructField("label", T.StringType())]
-        + [T.StructField(name, T.DoubleType()) for name in names]
+    schema = st.StructType(
+        [st.StructField("path", st.StringType()), st.StructField("label", st.StringType())]
+        + [st.StructField(name, st.DoubleType()) for name in names]
     )
     folder = output.address / NEXT
     model = spark.sparkContext.broadcast(pca.to_bytes())

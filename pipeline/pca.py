@@ -305,8 +305,11 @@ class PCA:
         try:
             with np.load(io.BytesIO(content)) as packed:
                 names = ("components", "mean", "scale", "variances")
-                arrays = [packed[name] for name in names]
-                return cls(*arrays, total_variance=float(packed["total_variance"]))
+                arrays = (packed[name] for name in names)
+                return cls(
+                    **dict(zip(names, arrays, strict=True)),
+                    total_variance=float(packed["total_variance"]),
+                )
         except Exception as error:  # numpy and zipfile raise many kinds
             raise StateError(f"the saved PCA is damaged ({error}); run again.") from error
 
@@ -327,8 +330,7 @@ def _choose_k(values: Floats, rank: int, components: int | None, variance: float
                 f"{components}. Ask for fewer, or add images."
             )
         return components
-    assert variance is not None
-    if not 0 < variance <= 1:
+    if variance is None or not 0 < variance <= 1:
         raise PCAError(f"expected a share of variance above 0 and up to 1, found {variance}.")
     kept = np.cumsum(values[:rank]) / values[:rank].sum()
     return min(int(np.searchsorted(kept, variance - 1e-12)) + 1, rank)

@@ -181,10 +181,10 @@ def _plane(scores: pa.Table) -> Plane:
     return Plane(x, y, variety, names, counts, window, flat)
 
 
-def _natural(name: str) -> tuple[bool, list[str | int]]:
+def _natural(name: str) -> tuple[bool, list[str | int], str]:
     """Order names as people do, "Apple 6" before "Apple 10", and no name at the end."""
     parts = re.split(r"(\d+)", name.casefold())
-    return not name, [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return not name, [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def _padded(values: Floats, span: float) -> tuple[float, float]:

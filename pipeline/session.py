@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyspark.sql import SparkSession
@@ -32,7 +33,10 @@ def read_settings() -> dict[str, str]:
 
 
 def make_session(
-    name: str, master: str | None = None, settings: Mapping[str, str] | None = None
+    name: str,
+    master: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> SparkSession:
     """Start an application on the cluster that SPARK_CONF_DIR describes.
 
@@ -44,6 +48,8 @@ def make_session(
         `spark://host:port`; None takes `spark.master` of the settings.
     settings
         Settings of this application only.
+    log
+        Where the driver's JVM writes what it has to say; None is standard error.
 
     Raises
     ------
@@ -62,9 +68,27 @@ def make_session(
     builder = SparkSession.builder.appName(name).master(master)
     for key, value in (settings or {}).items():
         builder = builder.config(key, value)
-    session = builder.getOrCreate()
+    with _standard_error_to(log):
+        session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     return session
+
+
+@contextmanager
+def _standard_error_to(log: Path | None) -> Iterator[None]:
+    """Give a process that starts in here another standard error than ours."""
+    if log is None:
+        yield
+        return
+    sys.stderr.flush()
+    ours = os.dup(2)
+    try:
+        with log.open("ab") as theirs:
+            os.dup2(theirs.fileno(), 2)
+        yield
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
 
 
 def task_slots(spark: SparkSession) -> int:

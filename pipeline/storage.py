@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import StorageError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,6 @@ class BucketStore:
     """A prefix of an S3 bucket, by boto3: driver only, workers have no boto3."""
 
     def __init__(self, address: Address, s3: S3Settings) -> None:
-        assert address.bucket is not None
         self.address = address
         self.bucket = address.bucket
         self.s3 = s3
@@ -350,23 +352,24 @@ class ImageReader:
         from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError
         from obstore.store import S3Store
 
-        given = {
-            "endpoint": self.s3.endpoint,
-            "region": self.s3.region,
-            "access_key_id": self.s3.access_key,
-            "secret_access_key": self.s3.secret_key,
-        }
+        config: S3Config = {"virtual_hosted_style_request": self.s3.endpoint is None}
+        if self.s3.endpoint:
+            config["endpoint"] = self.s3.endpoint
+        if self.s3.region:
+            config["region"] = self.s3.region
+        if self.s3.access_key and self.s3.secret_key:
+            config["access_key_id"] = self.s3.access_key
+            config["secret_access_key"] = self.s3.secret_key
         store = S3Store(
             self.address.bucket,
             prefix=self.address.path or None,
-            virtual_hosted_style_request=self.s3.endpoint is None,
+            config=config,
             client_options={
                 "allow_http": (self.s3.endpoint or "").startswith("http://"),
                 "connect_timeout": timedelta(seconds=5),
                 "timeout": timedelta(seconds=60),
             },
             retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=90)},
-            **{name: value for name, value in given.items() if value},
         )
 
         def read(key: str) -> tuple[bytes, str]:
@@ -374,7 +377,7 @@ class ImageReader:
                 found = store.get(key)
                 content = bytes(found.bytes())
             except InvalidPathError as error:
-                raise ValueError(f"S3 cannot be asked for this key: {_first_line(error)}") from error
+                raise ValueError(f"not a key S3 clients take: {_first_line(error)}") from error
             except PermissionDeniedError as error:
                 raise PermissionError("forbidden: these credentials may not read it") from error
             except FileNotFoundError:
@@ -404,5 +407,3 @@ def _raise_readable(error: OSError, address: Address | None = None) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-

@@ -231,8 +231,9 @@ def test_images_without_any_label_make_a_page_too():
 
 
 def test_names_are_ordered_as_people_count():
-    labels = ["Apple 10", "apple 6", "Apple 6b", "², odd", "Banana"]
-    assert names_of(page_of(labels)) == ["apple 6", "Apple 6b", "Apple 10", "Banana", "², odd"]
+    labels = ["Apple 10", "kiwi", "apple 6", "Apple 6b", "² odd", "Banana", "Kiwi"]
+    ordered = ["apple 6", "Apple 6b", "Apple 10", "Banana", "Kiwi", "kiwi", "² odd"]
+    assert names_of(page_of(labels)) == names_of(page_of(labels[::-1])) == ordered
 
 
 def test_one_component_is_drawn_as_one_line_for_each_variety():

@@ -1,0 +1,121 @@
+"""What a person sees in the terminal: stages, a progress bar, a summary, errors in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.features import Progress
+
+STAGES = {
+    "list": "Listing the images",
+    "model": "Preparing the network",
+    "spark": "Starting the application",
+    "features": "Computing features",
+    "pca": "Fitting the PCA",
+    "matrix": "Writing the matrix",
+    "report": "Writing the report",
+}
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class ConsoleObserver:
+    """Draws a line for each stage of a job, and a bar while features are computed."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.task: Any = None
+
+    def stage(self, name: str) -> None:
+        """Finish the line of the stage before and begin another."""
+        self.finish()
+        self.task = self.bars.add_task(STAGES.get(name, name), total=None, note="")
+
+    def progress(self, progress: Progress) -> None:
+        """Move the bar."""
+        note = f"{progress.quarantined} quarantined" if progress.quarantined else ""
+        if progress.total:
+            self.bars.update(self.task, total=progress.total, completed=progress.done, note=note)
+
+    def files(self, done: int, total: int) -> None:
+        """Move the bar of an upload."""
+        self.bars.update(self.task, total=max(total, 1), completed=done if total else 1)
+
+    def finish(self) -> None:
+        """Stop the clock of the current line."""
+        if self.task is not None:
+            total = self.bars.tasks[self.task].total
+            self.bars.update(self.task, total=total or 1, completed=total or 1)
+            self.bars.stop_task(self.task)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} images/s" if speed and (task.total or 0) > 1 else "")
+
+
+@contextmanager
+def observing() -> Iterator[ConsoleObserver]:
+    """Show the stages of what is done inside; on a terminal they are live."""
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[yellow]{task.fields[note]}"),
+    )
+    with Bars(*columns, console=err) as bars:
+        observer = ConsoleObserver(bars)
+        yield observer
+        observer.finish()
+
+
+def summary(run: dict[str, Any], where: str) -> Table:
+    """Return a run's figures as a small table."""
+    counts, pca = run["counts"], run["pca"]
+    speed = run["images_per_second"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("images", f"{counts['listed']:,} listed, {counts['quarantined']:,} quarantined")
+    computed = f"{counts['computed']:,} computed, {counts['reused']:,} reused"
+    if counts["dropped"]:
+        computed += f", {counts['dropped']:,} dropped (gone since the last run)"
+    table.add_row("features", computed + (f", {speed:,.0f} images/s" if speed else ""))
+    table.add_row("network", run["model"]["id"])
+    table.add_row("PCA", f"{pca['k']} components keep {pca['variance']:.1%} of the variance")
+    table.add_row("time", f"{run['timings']['total']:.1f} s")
+    table.add_row("result", where)
+    return table
+
+
+def explain(error: BaseException) -> str:
+    """Return the cause of an error that Spark or the system raised, and a remedy, in one line."""
+    text = str(error)
+    if "No space left on device" in text or "There is not enough space" in text:
+        return "no space left on a disk of the cluster. Free some, then run again to continue."
+    python = re.findall(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", text, re.MULTILINE)
+    java = re.findall(r"^Caused by: (.+)$", text, re.MULTILINE)
+    cause = (java or python or text.strip().splitlines() or [type(error).__name__])[-1]
+    return f"{cause[:400]}. Run again to continue; --debug shows the whole trace."

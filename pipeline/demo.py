@@ -1,0 +1,133 @@
+"""The whole job on one machine: what `make demo` shows a newcomer.
+
+Images go to an S3 server on loopback, the job runs on a loopback cluster from s3a:// to s3a://,
+and the result is copied to a folder to be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.backbones import find_weights
+from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
+from pipeline.images import is_image
+from pipeline.matrix import RESULT
+from pipeline.sample import render_sample
+from pipeline.storage import Store
+
+
+@contextmanager
+def demo_images(given: Path | None) -> Iterator[tuple[Path, str]]:
+    """Yield a folder of images and where they come from, in a few words.
+
+    A folder is taken as it is; a .tar archive, or a folder that holds nothing but archives, is
+    unpacked for the time of the demo; None renders a sample.
+
+    Raises
+    ------
+    NoImagesError
+        When what is given holds no image.
+    """
+    with tempfile.TemporaryDirectory(prefix="fruits-") as scratch:
+        unpacked = Path(scratch) / "images"
+        if given is None:
+            render_sample(unpacked)
+            yield unpacked, "a rendered sample (give your own with IMAGES=folder)"
+            return
+        archives = [given] if given.is_file() else sorted(given.glob("*.tar"))
+        if given.is_dir() and any(is_image(str(file)) for file in given.rglob("*")):
+            yield given, str(given)
+        elif archives:
+            for archive in archives:
+                _unpack(archive, unpacked)
+            yield unpacked, ", ".join(str(archive) for archive in archives)
+        else:
+            raise NoImagesError(
+                f"expected a folder of images or a .tar archive at {given}, found none. Check "
+                "IMAGES, or leave it out for a rendered sample."
+            )
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(archive) as content:
+            content.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        raise NoImagesError(
+            f"expected a .tar archive of images at {archive}, found: {error}. Check IMAGES."
+        ) from error
+
+
+def demo_weights(given: str | None, backbone: str | None) -> tuple[str, Path, str | None]:
+    """Choose the network and its weights; return (backbone, weights file, a line to say).
+
+    MobileNetV2 with the weights given, else FRUITS_WEIGHTS, else Keras's own download; if that
+    cannot be had, EfficientNet-Lite0, whose weights are installed. Never random ones.
+
+    Raises
+    ------
+    WeightsError
+        When weights were asked for by name and cannot be had.
+    """
+    if backbone == "efficientnet_lite0":
+        return backbone, find_weights(backbone, given), None
+    given = given or os.environ.get("FRUITS_WEIGHTS") or None
+    if given and Path(given).is_dir():
+        (given,) = [str(file) for file in Path(given).glob("*.h5")] or [given]
+    try:
+        return "mobilenet_v2", find_weights("mobilenet_v2", given), None
+    except WeightsError:
+        if given or backbone:
+            raise
+        fallback = "efficientnet_lite0"
+        return (
+            fallback,
+            find_weights(fallback, None),
+            "MobileNetV2's weights could not be downloaded: EfficientNet-Lite0 takes its place "
+            "(give weights with WEIGHTS=file.h5)",
+        )
+
+
+def check_target(folder: Path) -> None:
+    """Make sure that a folder is free for a result, or holds an earlier one.
+
+    Raises
+    ------
+    OutputTakenError
+        When it holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputTakenError(f"{folder} is a file; choose another OUTPUT.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
+        raise OutputTakenError(
+            f"{folder} holds something that is no earlier result. Choose another OUTPUT."
+        )
+
+
+def copy_result(source: Store, folder: Path) -> None:
+    """Copy a result (all but the features) to a folder, which appears whole or not at all."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        for name in (*RESULT, "run.json"):
+            for entry in source.list(name):
+                file = fresh / entry.key
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(source.read(entry.key) or b"")
+        fresh.chmod(0o755)
+        if folder.exists():
+            old = fresh.with_suffix(".old")
+            folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
