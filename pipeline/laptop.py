@@ -37,7 +37,7 @@ HOST = "127.0.0.1"
 WORKERS = 2
 WORKER_MEMORY = "1g"  # of Java; Python and the model come on top of it
 SECONDS_TO_START = 90.0
-# On a small machine, half of the wait is the JVMs compiling code that runs once.
+# On a small machine, half of the wait is six JVMs compiling code that runs once.
 QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
@@ -268,6 +268,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         "spark.driver.bindAddress": HOST,
         "spark.driver.memory": "1g",
         "spark.driver.extraJavaOptions": QUICK_START,
+        "spark.executor.extraJavaOptions": QUICK_START,
         "spark.executor.memory": WORKER_MEMORY,
         "spark.local.dir": scratch,
         "spark.sql.warehouse.dir": scratch / "warehouse",
