@@ -59,10 +59,10 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     except MemoryError:
         raise BadImageError("too large to decode in memory") from None
     except Exception as error:  # Pillow's decoders raise many kinds; none may end a job
-        raise BadImageError(f"{type(error).__name__}: {error}") from None
+        raise BadImageError(f"cannot be decoded: {error or type(error).__name__}") from None
 
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:

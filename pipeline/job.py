@@ -383,7 +383,7 @@ def _digests(index: pa.Table) -> dict[str, str]:
     return {batch: digest.hexdigest() for batch, digest in rows.items()}
 
 
-THUMBNAILS_PER_LABEL, LABELS_SHOWN, THUMBNAIL_SIZE = 8, 60, 100
+THUMBNAILS_PER_LABEL, LABELS_SHOWN, THUMBNAIL_SIZE = 12, 60, 100
 
 
 def _thumbnails(good: pa.Table, reader: ImageReader) -> dict[str, list[bytes]]:

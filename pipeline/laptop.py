@@ -137,6 +137,7 @@ class _Servers:
                 stdout=output,
                 stderr=output,
                 env=os.environ | (environment or {}),
+                cwd=self.folder,
             )
 
     def wait(self, name: str, ready: Callable[[], bool]) -> None:
@@ -184,14 +185,14 @@ def _s3_command(home: Path, s3: S3Settings) -> list[str]:
         "volume.preStopSeconds": 0,
         "filer": "true",
         "filer.exposeDirectoryData": "false",
-        "filer.localSocket": home / "filer.sock",
+        "filer.localSocket": "filer.sock",  # relative: a socket's path has 108 characters at most
         "s3": "true",
         "s3.port": str(s3.endpoint).rpartition(":")[2],
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.config": home / "identities.json",
         "s3.iam": "false",
-        "s3.localSocket": home / "s3.sock",
+        "s3.localSocket": "s3.sock",
         **dict(zip(inner, _free_ports(len(inner)), strict=True)),
     }
     weed = Path(sysconfig.get_path("scripts")) / "weed"

@@ -61,10 +61,11 @@ class Moments:
         """Return the moments of the rows of a matrix, shape (n, d)."""
         if not len(rows):
             return cls.empty(rows.shape[1])
-        centred = rows.astype(np.float64)
-        mean: Floats = centred.mean(axis=0)
-        centred -= mean
-        return cls(len(rows), mean, centred.T @ centred)
+        first = rows[0].astype(np.float64)
+        centred = rows - first  # so that equal rows give exactly zero, not the mean's rounding
+        apart = centred.mean(axis=0)
+        centred -= apart
+        return cls(len(rows), first + apart, centred.T @ centred)
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of rows together."""
@@ -271,7 +272,9 @@ class PCA:
         java_model = jvm.org.apache.spark.ml.feature.PCAModel(
             "fruits_pca", _py2java(context, matrix), _py2java(context, variance)
         )
-        return PCAModel(java_model).setInputCol("features").setOutputCol("scores")
+        model = PCAModel(java_model).setInputCol("features").setOutputCol("scores")
+        model._set(k=self.k)  # Spark's own fit sets it, and transform asks for it
+        return model
 
     @classmethod
     def from_spark(cls, model: PCAModel, mean: Floats, total_variance: float) -> PCA:

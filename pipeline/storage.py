@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -62,7 +62,7 @@ class Address:
         scheme, separator, rest = text.partition("://")
         if not separator:
             return cls(None, str(Path(text).expanduser().absolute()))
-        if scheme == "file":
+        if scheme == "file" and rest.startswith("/"):
             return cls(None, rest)
         bucket, _, prefix = rest.partition("/")
         if scheme not in ("s3a", "s3") or not bucket:
@@ -80,12 +80,14 @@ class Address:
     @property
     def uri(self) -> str:
         """The address as Spark wants it."""
-        return Path(self.path).as_uri() if self.bucket is None else str(self)
+        # Not Path.as_uri(): Hadoop takes %20 for the name's own characters, not for a space.
+        return f"file://{self.path}" if self.bucket is None else str(self)
 
     def holds(self, other: Address) -> bool:
         """Tell whether `other` is this address or lies below it."""
+        path = self.path.rstrip("/")
         return self.bucket == other.bucket and f"{other.path}/".startswith(
-            f"{self.path}/" if self.path else ""
+            f"{path}/" if path else ""
         )
 
 
@@ -139,15 +141,23 @@ class FolderStore:
         """Yield every file below the folder; a missing folder is an error at the root only."""
         if not prefix and not self.folder.is_dir():
             raise StorageError(f"expected a folder at {self.folder}, found none; check the path.")
-        if not (self.folder / prefix).exists():
+        top, _, beginning = prefix.rpartition("/")
+        if not (self.folder / top).is_dir():
             return
-        for parent, folders, files in os.walk(self.folder / prefix, onerror=_raise_readable):
+        for parent, folders, files in os.walk(self.folder / top, onerror=_raise_readable):
+            if parent == str(self.folder / top):
+                folders[:] = [name for name in folders if name.startswith(beginning)]
+                files = [name for name in files if name.startswith(beginning)]
             folders.sort()
             for name in sorted(files):
                 file = Path(parent) / name
-                status = file.lstat() if file.is_symlink() and not file.exists() else file.stat()
+                key = str(file.relative_to(self.folder))
+                with _readable_os_errors(self.address / key):
+                    status = _status(file)
+                if status is None:
+                    continue
                 yield Entry(
-                    str(file.relative_to(self.folder)),
+                    _utf8(key, file),
                     status.st_size,
                     datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC),
                     str(status.st_mtime_ns),
@@ -197,6 +207,25 @@ class FolderStore:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
+
+
+def _status(file: Path) -> os.stat_result | None:
+    """Return a file's status, that of the link itself if it leads nowhere, None for a gone file."""
+    with suppress(OSError):
+        return file.stat()
+    with suppress(FileNotFoundError):
+        return file.lstat()
+    return None
+
+
+def _utf8(key: str, file: Path) -> str:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise StorageError(
+            f"expected file names in UTF-8, found {os.fsencode(file)!r}; rename it, then run again."
+        ) from error
+    return key
 
 
 class BucketStore:
@@ -364,7 +393,7 @@ class ImageReader:
             try:
                 found = store.get(key)
                 content = bytes(found.bytes())
-            except InvalidPathError as error:
+            except (InvalidPathError, ValueError) as error:
                 raise ValueError(f"not a key S3 clients take: {_first_line(error)}") from error
             except PermissionDeniedError as error:
                 raise PermissionError("forbidden: these credentials may not read it") from error

@@ -63,7 +63,12 @@ def upload(
 
 
 def _is_there(file: Entry, other: Entry | None) -> bool:
-    return other is not None and other.length == file.length and other.modified >= file.modified
+    # S3 tells the time of an upload in whole seconds.
+    return (
+        other is not None
+        and other.length == file.length
+        and other.modified >= file.modified.replace(microsecond=0)
+    )
 
 
 def _count(finished: set[Future[None]]) -> int:

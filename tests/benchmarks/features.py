@@ -1,0 +1,72 @@
+"""Does the whole feature job keep the cores as busy with the network as the network alone would?
+
+`features_over_network`: images/s of `compute_features` (from images on S3 to a committed feature
+table on S3, its index included), divided by the images/s of the network alone on the same cores
+(see network_alone.py), measured directly before and directly after; the machine's own speed
+changes with the hour, the ratio does not. The job runs twice in one application: `_cold` is the
+first (Java and Python workers start, code is compiled), the other is the second, into another
+OUTPUT. Starting the cluster and the application is not timed, nor is the listing.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from pyspark.sql import SparkSession
+
+from pipeline.features import compute_features
+from pipeline.images import list_images
+from pipeline.session import task_slots
+from pipeline.storage import ImageReader, open_store
+from tests.benchmarks._common import MANY, Place, Setup, application, images_on_s3
+from tests.benchmarks.network_alone import NetworkAlone
+from tests.benchmarks.results import Result
+
+GOAL = ">= 0.75"
+
+
+def measure(setup: Setup) -> list[Result]:
+    """Return the ratio of the first and of the second job, and what they are made of."""
+    with ExitStack() as stack:
+        place = stack.enter_context(images_on_s3(setup, MANY, setup.images))
+        spark = stack.enter_context(application(place.cluster))
+        reader = ImageReader(place.images, place.cluster.s3)
+        network = network_alone(place, spark, stack)
+        alone = [network.images_per_second()]
+        speeds = []
+        for output in ("cold", "warm"):
+            speeds.append(features_per_second(place, spark, reader, output))
+            alone.append(network.images_per_second())
+    cold, warm = speeds
+    return [
+        Result("features_over_network_cold", cold / mean(alone[:2]), "ratio"),
+        Result("features_over_network", warm / mean(alone[1:]), "ratio", GOAL),
+        Result("features_images_per_second", warm, "images/s"),
+        Result("network_alone_images_per_second", mean(alone[1:]), "images/s"),
+    ]
+
+
+def network_alone(place: Place, spark: SparkSession, stack: ExitStack) -> NetworkAlone:
+    """Prepare the network alone, with as many processes as the cluster runs tasks at once."""
+    size = place.model.input_size
+    return NetworkAlone(place.flatbuffer(), place.files, size, task_slots(spark), stack)
+
+
+def features_per_second(
+    place: Place, spark: SparkSession, reader: ImageReader, output: str, count: int | None = None
+) -> float:
+    """Run the feature job into a new OUTPUT, on the first `count` images or on all."""
+    listing = list_images(open_store(place.images, place.cluster.s3)).images[:count]
+    table = place.table(output)
+    began = time.monotonic()
+    done = compute_features(spark, table, listing, reader, place.flatbuffer())
+    seconds = time.monotonic() - began
+    if done.computed != listing.num_rows or done.index["stage"].null_count != listing.num_rows:
+        raise RuntimeError(f"expected features of {listing.num_rows} images, all new; got {done}")
+    return done.computed / seconds
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean."""
+    return sum(values) / len(values)

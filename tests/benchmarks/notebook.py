@@ -1,0 +1,59 @@
+"""How much faster is the whole job than the notebook that is usually written for this case?
+
+`job_over_usual_notebook`: images/s of `pipeline.job.Job` (list, features, PCA with 50 components,
+matrix, report) divided by the images/s of usual_notebook.py (which says what it does), on the same
+images, S3, cluster and settings. Each runs once in a fresh application that has just started; the
+start is not timed for either. The job's LiteRT model is in the user's cache, and the notebook's
+imports and its model on the driver are not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+from tests.benchmarks._common import BUCKET, MANY, Place, Setup, application, images_on_s3
+from tests.benchmarks.results import Result
+
+COMPONENTS = 50
+
+
+def measure(setup: Setup) -> list[Result]:
+    """Return the ratio and both speeds."""
+    count = min(setup.notebook_images, setup.images or setup.notebook_images)
+    with images_on_s3(setup, MANY, count) as place:
+        ours = len(place.files) / _job_seconds(place)
+        usual = len(place.files) / _notebook_seconds(place)
+    return [
+        Result("job_over_usual_notebook", ours / usual, "ratio", ">= 8"),
+        Result("job_images_per_second", ours, "images/s"),
+        Result("usual_notebook_images_per_second", usual, "images/s"),
+    ]
+
+
+def _job_seconds(place: Place) -> float:
+    with application(place.cluster) as spark:
+        job = place.job("ours", spark, COMPONENTS)
+        began = time.monotonic()
+        run = job.run()
+        seconds = time.monotonic() - began
+    if run["counts"]["features"] != len(place.files):
+        raise RuntimeError(f"expected features of {len(place.files)} images: {run['counts']}")
+    return seconds
+
+
+def _notebook_seconds(place: Place) -> float:
+    addresses = [str(place.images), f"s3a://{BUCKET}/usual", str(place.weights), str(COMPONENTS)]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.usual_notebook", *addresses],
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode != 0:
+        raise RuntimeError(f"the usual notebook failed: {run.stderr[-2000:]}")
+    told = json.loads(run.stdout.splitlines()[-1])
+    if told["rows"] != len(place.files):
+        raise RuntimeError(f"expected {len(place.files)} rows of the usual notebook: {told}")
+    return float(told["seconds"])

@@ -1,0 +1,39 @@
+"""Random features that a PCA finds structure in, written by the cluster itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+from pyspark.sql import SparkSession
+
+DIMENSIONS = 1280
+
+
+def write_random_features(
+    spark: SparkSession, uri: str, rows: int, *, rank: int = 100, files: int = 8, seed: int = 360
+) -> None:
+    """Write a Parquet table with a column `features`, array<float> of length 1,280.
+
+    Each row is a point of a `rank`-dimensional space whose axes get slowly shorter, plus noise in
+    all dimensions, plus a mean that is not zero. The same arguments give the same rows.
+    """
+
+    def generate(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        import numpy as np
+
+        axes = np.random.default_rng(seed).normal(size=(rank + 1, DIMENSIONS))
+        lengths = 2 * 0.97 ** np.arange(rank)[:, np.newaxis]
+        for batch in batches:
+            n, first = batch.num_rows, batch.column(0)[0].as_py()
+            random = np.random.default_rng([seed, first])
+            points = random.normal(size=(n, rank)) @ (lengths * axes[:rank]) + axes[rank]
+            noisy = (points + 0.5 * random.normal(size=points.shape)).astype(np.float32)
+            values = pa.array(noisy.ravel())
+            lists = pa.ListArray.from_arrays(
+                np.arange(0, n + 1, dtype=np.int32) * DIMENSIONS, values
+            )
+            yield pa.RecordBatch.from_arrays([lists], ["features"])
+
+    numbers = spark.range(0, rows, numPartitions=files)
+    numbers.mapInArrow(generate, "features array<float>").write.parquet(uri)

@@ -1,0 +1,103 @@
+"""What tests share: a loopback cluster with its S3, a session, images, weights, processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
+from pipeline.laptop import Loopback, loopback_cluster
+from pipeline.sample import render_sample
+from pipeline.session import make_session
+from pipeline.storage import Address, BucketStore
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """A real master, two real workers and a real S3 server on loopback."""
+    with loopback_cluster(tmp_path_factory.mktemp("clusters")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def spark(cluster: Loopback) -> Iterator[object]:
+    """An application on the cluster, for the tests of one file; it holds all cores meanwhile."""
+    session = make_session("tests", log=cluster.conf.parent / "driver.log")
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def bucket(cluster: Loopback) -> BucketStore:
+    """A new, empty bucket."""
+    store = BucketStore(Address(f"test-{uuid.uuid4().hex[:12]}", ""), cluster.s3)
+    store.create_bucket()
+    return store
+
+
+@pytest.fixture(scope="session")
+def fruit_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 varieties x 4 rendered pictures."""
+    folder = tmp_path_factory.mktemp("pictures") / "fruit"
+    render_sample(folder, per_variety=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_network() -> tuple[Model, bytes]:
+    """A real network whose weights are always at hand, at its quickest size."""
+    weights = find_weights("efficientnet_lite0", None)
+    model = identify(BACKBONES["efficientnet_lite0"], weights, 96)
+    return model, flatbuffer(model, weights)
+
+
+@pytest.fixture(scope="session")
+def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 600 photos of fruits-360-sample.tar, from the folder that FRUITS_IMAGES names."""
+    archive = Path(os.environ.get("FRUITS_IMAGES", "")) / "fruits-360-sample.tar"
+    if not archive.is_file():
+        pytest.skip("needs fruits-360-sample.tar in the folder that FRUITS_IMAGES names")
+    folder = tmp_path_factory.mktemp("photos")
+    with tarfile.open(archive) as content:
+        content.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """MobileNetV2's ImageNet weights, which FRUITS_WEIGHTS names."""
+    given = Path(os.environ.get("FRUITS_WEIGHTS") or "none")
+    files = sorted(given.glob("*.h5")) if given.is_dir() else [given]
+    if not files or not files[0].is_file():
+        pytest.skip("needs MobileNetV2's weights: FRUITS_WEIGHTS names a .h5 file or its folder")
+    return files[0]
+
+
+Fruits = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def fruits(tmp_path: Path) -> Fruits:
+    """Run the command `fruits` as a process, as a user does, and return what it did."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = Path(sys.executable).with_name("fruits")
+        return subprocess.run(
+            [str(command), *map(str, arguments)],
+            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run

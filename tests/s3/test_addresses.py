@@ -1,0 +1,131 @@
+"""Addresses that cannot be used: each gives one clear error, from a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import NoImagesError, StorageError
+from pipeline.images import list_images
+from pipeline.laptop import Loopback
+from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open_store
+from pipeline.upload import upload
+from tests.corpus import encoded, good_images, picture
+
+
+def closed_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_a_bucket_that_is_missing_is_named(cluster: Loopback) -> None:
+    store = BucketStore(Address("no-such-bucket", "images"), cluster.s3)
+    with pytest.raises(StorageError, match=r"no-such-bucket.*does not exist.*create it"):
+        list_images(store)
+
+
+def test_an_empty_prefix_says_how_to_fill_it(bucket: BucketStore) -> None:
+    bucket.write("elsewhere/readme.txt", b"no image")
+    for prefix in ("nothing-here", "elsewhere"):
+        with pytest.raises(NoImagesError, match="fruits upload"):
+            list_images(open_store(bucket.address / prefix, bucket.s3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [({"access_key": "UNKNOWNKEY"}, "access key"), ({"secret_key": "wrong"}, "secret key")],
+)
+def test_wrong_credentials_are_told_apart(
+    cluster: Loopback, bucket: BucketStore, wrong: dict[str, str], word: str
+) -> None:
+    store = BucketStore(bucket.address, replace(cluster.s3, **wrong))
+    with pytest.raises(StorageError, match=word):
+        list_images(store)
+
+
+def test_an_endpoint_that_is_down_is_named(bucket: BucketStore) -> None:
+    down = replace(bucket.s3, endpoint=f"http://127.0.0.1:{closed_port()}")
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1.*Check the endpoint"):
+        list_images(BucketStore(bucket.address, down))
+    with pytest.raises(StorageError, match="Run again"):
+        BucketStore(bucket.address, down).upload("a.jpg", Path(__file__))
+
+
+def test_every_name_that_s3_allows_can_be_listed_and_read(bucket: BucketStore) -> None:
+    images = good_images()
+    for key, content in images.items():
+        bucket.write(f"images/{key}", content)
+    store = open_store(bucket.address / "images", bucket.s3)
+    listing = list_images(store).images.to_pylist()
+    assert {row["path"] for row in listing} == images.keys()
+    read = ImageReader(store.address, bucket.s3).open()
+    for row in listing:
+        assert read(row["path"]) == (images[row["path"]], row["version"])
+
+
+def test_an_image_that_is_gone_or_whose_key_cannot_be_asked_for_raises_what_the_pass_expects(
+    bucket: BucketStore,
+) -> None:
+    read = ImageReader(bucket.address, bucket.s3).open()
+    with pytest.raises(FileNotFoundError):
+        read("gone.jpg")
+    with pytest.raises(ValueError, match="not a key"):
+        read("line\nbreak.jpg")
+
+
+def test_an_s3_that_does_not_answer_is_not_blamed_on_the_image(bucket: BucketStore) -> None:
+    down = replace(bucket.s3, endpoint=f"http://127.0.0.1:{closed_port()}")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1|connect"):
+        ImageReader(bucket.address, down).open()("a.jpg")
+
+
+def test_objects_move_and_go(bucket: BucketStore) -> None:
+    for key in ("a/1", "a/2", "ab/3"):
+        bucket.write(key, key.encode())
+    bucket.move("a/1", "c/é 1")
+    bucket.delete("a")
+    assert {entry.key for entry in bucket.list()} == {"ab/3", "c/é 1"}
+    assert bucket.read("c/é 1") == b"a/1"
+    assert bucket.read("a/1") is None
+
+
+def test_an_upload_sends_what_is_missing_or_newer_and_skips_the_rest(
+    bucket: BucketStore, fruit_pictures: Path
+) -> None:
+    source = open_store(Address.parse(str(fruit_pictures)), S3Settings())
+    told: list[tuple[int, int]] = []
+    first = upload(source, bucket, lambda done, total: told.append((done, total)))
+    assert (first.sent, first.skipped) == (48, 0)
+    assert told[-1] == (48, 48)
+    again = upload(source, bucket)
+    assert (again.sent, again.skipped) == (0, 48)
+
+    name = next(bucket.list()).key
+    bucket.delete(name)
+    assert upload(source, bucket).sent == 1
+    assert bucket.read(name) == source.read(name)
+
+
+def test_the_s3_server_answers_to_its_keys_only_and_listens_on_loopback(
+    cluster: Loopback, bucket: BucketStore
+) -> None:
+    nobody = BucketStore(bucket.address, replace(cluster.s3, access_key="X" * 20))
+    with pytest.raises(StorageError):
+        nobody.write("a", b"b")
+    settings = cluster.conf / "spark-defaults.conf"
+    assert settings.stat().st_mode & 0o077 == 0
+    assert cluster.conf.stat().st_mode & 0o077 == 0
+    identities = json.loads((cluster.conf.parent / "s3" / "identities.json").read_text())
+    assert len(identities["identities"]) == 1
+
+
+def test_a_picture_survives_the_way_to_s3_and_back(bucket: BucketStore) -> None:
+    content = encoded(picture(300, 200), "PNG")
+    bucket.write("x/y.png", content)
+    (entry,) = bucket.list("x/")
+    assert (entry.length, bucket.read(entry.key)) == (len(content), content)

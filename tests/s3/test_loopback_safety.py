@@ -1,0 +1,135 @@
+"""What the loopback cluster shares with a real one: nobody gets in without the secret."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.laptop import Loopback, loopback_cluster
+from pipeline.session import read_settings
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose command line or folder names the cluster's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(folder) in " ".join([*process.cmdline(), process.cwd()]):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_an_application_without_the_secret_is_refused(cluster: Loopback) -> None:
+    program = (
+        "from pyspark.sql import SparkSession\n"
+        f"SparkSession.builder.master('{cluster.master}')"
+        ".config('spark.authenticate', 'true')"
+        ".config('spark.authenticate.secret', 'a-guess-of-mine-that-is-wrong')"
+        ".config('spark.network.crypto.enabled', 'true').getOrCreate().range(1).count()\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"SPARK_CONF_DIR": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode != 0
+    assert "master" in run.stderr.lower()
+
+
+def test_no_secret_shows_in_the_list_of_processes(cluster: Loopback) -> None:
+    settings = read_settings()
+    secrets = [
+        settings["spark.authenticate.secret"],
+        settings["spark.hadoop.fs.s3a.secret.key"],
+    ]
+    lines = []
+    for process in psutil.process_iter():
+        try:
+            lines.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    assert any("deploy.master.Master" in line for line in lines)
+    assert not [line for line in lines for secret in secrets if secret in line]
+
+
+def test_everything_listens_on_loopback_only(cluster: Loopback) -> None:
+    ports = {
+        connection.laddr
+        for process in processes_of(cluster.conf.parent)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(ports) >= 8
+    assert {address.ip.removeprefix("::ffff:") for address in ports} == {"127.0.0.1"}
+
+
+def test_the_pages_take_no_orders(cluster: Loopback) -> None:
+    request = urllib.request.Request(
+        f"{cluster.pages['master']}/workers/kill/?host=127.0.0.1", method="POST", data=b""
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code in (403, 405)
+    with socket.socket() as rest:  # where REST submission listens by default
+        assert rest.connect_ex(("127.0.0.1", 6066)) != 0
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from pipeline.laptop import loopback_cluster
+with loopback_cluster(Path(sys.argv[1])) as cluster:
+    print(cluster.conf.parent, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+def test_however_the_starter_ends_no_process_is_left_and_the_next_start_clears_up(
+    tmp_path: Path, end: signal.Signals
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdout is not None
+        folder = Path(starter.stdout.readline().strip())
+        assert len(processes_of(folder)) >= 8  # 4 servers, each under its guard
+        starter.send_signal(end)
+        starter.wait(30)
+    assert eventually(lambda: not processes_of(folder)), processes_of(folder)
+
+    with loopback_cluster(tmp_path, with_s3=False) as second:
+        assert not folder.exists()
+        assert second.conf.parent.exists()
+    assert not list(tmp_path.glob("cluster-*"))
+
+
+def test_two_clusters_run_side_by_side(cluster: Loopback, tmp_path: Path) -> None:
+    with loopback_cluster(tmp_path) as other:
+        assert other.master != cluster.master
+        assert other.s3.endpoint != cluster.s3.endpoint
+        assert other.s3.secret_key != cluster.s3.secret_key

@@ -1,0 +1,187 @@
+"""The pass over the images on a real cluster, from a real S3 server to a real S3 server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.backbones import Model, load_network
+from pipeline.decode import decode
+from pipeline.errors import StateError
+from pipeline.features import (
+    DECODE,
+    READ,
+    FeatureTable,
+    Pass,
+    compute_features,
+    models_in,
+    nothing_to_compute,
+)
+from pipeline.images import list_images
+from pipeline.storage import Address, BucketStore, ImageReader, open_store
+from tests.corpus import bad_images, encoded, good_images, picture
+
+
+class Place:
+    """Images and features in one bucket, and the pass between them."""
+
+    def __init__(self, spark: object, bucket: BucketStore, network: tuple[Model, bytes]) -> None:
+        self.spark = spark
+        self.images = open_store(bucket.address / "images", bucket.s3)
+        self.output = open_store(bucket.address / "output", bucket.s3)
+        self.model, self.flatbuffer = network
+        self.table = FeatureTable(self.output, self.model)
+        self.reader = ImageReader(self.images.address, bucket.s3)
+
+    def listed(self) -> pa.Table:
+        return list_images(self.images).images
+
+    def run(self, listing: pa.Table | None = None, **options: object) -> Pass:
+        flatbuffer = self.table.open(lambda: self.flatbuffer)
+        images = self.listed() if listing is None else listing
+        return compute_features(self.spark, self.table, images, self.reader, flatbuffer, **options)
+
+    def rows(self, done: Pass) -> dict[str, np.ndarray]:
+        rows = self.table.rows(self.spark, done.index).toArrow().to_pylist()
+        return {row["path"]: np.array(row["features"], np.float32) for row in rows}
+
+
+@pytest.fixture
+def place(spark: object, bucket: BucketStore, small_network: tuple[Model, bytes]) -> Place:
+    return Place(spark, bucket, small_network)
+
+
+def put(place: Place, images: dict[str, bytes]) -> None:
+    for key, content in images.items():
+        place.images.write(key, content)
+
+
+def jpeg(shift: int) -> bytes:
+    return encoded(picture(50 + shift, 40), "JPEG")
+
+
+def outcomes(done: Pass) -> dict[str, tuple[str | None, str | None]]:
+    rows = done.index.select(["path", "stage", "reason"]).to_pylist()
+    return {row["path"]: (row["stage"], row["reason"]) for row in rows}
+
+
+def test_every_image_listed_ends_in_features_or_in_quarantine_with_a_reason(place: Place) -> None:
+    good, bad = good_images(), bad_images()
+    put(place, good | {key: content for key, (content, _) in bad.items()})
+    place.images.write("folder marker.jpg/", b"")
+    place.images.write("notes.txt", b"not listed")
+
+    told: list[tuple[int, int, int]] = []
+    done = place.run(on_progress=lambda p: told.append((p.done, p.total, p.quarantined)))
+
+    found = outcomes(done)
+    assert found.keys() == good.keys() | bad.keys()
+    assert {key for key, (stage, _) in found.items() if stage} == bad.keys()
+    for key, (_, word) in bad.items():
+        stage, reason = found[key]
+        assert (stage, word in str(reason)) == (DECODE, True), f"{key}: {reason}"
+    assert place.rows(done).keys() == good.keys()
+    assert told[-1] == (len(found), len(found), len(bad))
+
+
+def test_features_are_those_of_the_network_called_by_hand(place: Place) -> None:
+    images = {f"a/{n}.jpg": jpeg(n) for n in range(5)}
+    put(place, images)
+    rows = place.rows(place.run())
+    network = load_network(place.flatbuffer)
+    for key, content in images.items():
+        expected = network(decode(content, place.model.input_size))
+        np.testing.assert_array_equal(rows[key], expected)
+
+
+def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken_next_time(
+    place: Place,
+) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(4)})
+    listing = place.listed()
+    place.images.delete("a/0.jpg")
+    place.images.write("a/1.jpg", jpeg(9))
+
+    found = outcomes(place.run(listing))
+    assert found["a/0.jpg"][0] == READ
+    assert "deleted" in str(found["a/0.jpg"][1])
+    assert found["a/1.jpg"][0] == READ
+    assert "replaced" in str(found["a/1.jpg"][1])
+    assert [found[f"a/{n}.jpg"][0] for n in (2, 3)] == [None, None]
+
+    again = place.run()
+    assert (again.computed, again.reused, again.dropped) == (1, 2, 1)
+    assert set(outcomes(again).values()) == {(None, None)}
+
+
+def test_a_rerun_computes_only_new_and_changed_images_and_drops_those_that_are_gone(
+    place: Place,
+) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(6)})
+    first = place.run()
+    assert (first.computed, first.reused, first.dropped) == (6, 0, 0)
+    assert nothing_to_compute(place.table, place.listed()) is not None
+
+    place.images.delete("a/0.jpg")
+    place.images.write("a/1.jpg", jpeg(20))
+    put(place, {f"b/{n}.jpg": jpeg(10 + n) for n in range(3)})
+    assert nothing_to_compute(place.table, place.listed()) is None
+    second = place.run()
+    assert (second.computed, second.reused, second.dropped) == (4, 4, 1)
+
+    scratch = open_store(place.output.address / "scratch", place.reader.s3)
+    place.table = FeatureTable(scratch, place.model)
+    fresh = place.run()
+    grown_rows = FeatureTable(place.output, place.model).rows(place.spark, second.index)
+    grown = {row["path"]: row["features"] for row in grown_rows.toArrow().to_pylist()}
+    for path, features in place.rows(fresh).items():
+        np.testing.assert_array_equal(np.array(grown.pop(path), np.float32), features)
+    assert not grown
+
+
+def test_a_batch_counts_only_once_its_commit_is_proven(place: Place) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(3)})
+    place.run()
+    (batch,) = place.table.committed_batches()
+    proof = place.output.read(f"{place.table.root}/batches/{batch}/_SUCCESS")
+    assert json.loads(proof or b"{}")["committer"] == "magic"
+
+    place.output.delete(f"{place.table.root}/batches/{batch}/_SUCCESS")
+    assert place.table.committed_batches() == []
+    assert place.run().computed == 3
+
+
+def test_the_tasks_run_on_both_workers(place: Place) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n % 30) for n in range(60)})
+    place.run()
+    executors = place.spark.sparkContext._jsc.sc().statusTracker().getExecutorInfos()  # type: ignore[attr-defined]
+    assert len(executors) == 1 + 2, "the driver and one executor on each worker"
+
+
+def test_a_folder_on_this_machine_gives_the_same_features_as_s3(
+    place: Place, fruit_pictures: object
+) -> None:
+    folder = open_store(Address.parse(str(fruit_pictures)), place.reader.s3)
+    for entry in folder.list():
+        place.images.write(entry.key, folder.read(entry.key) or b"")
+    from_s3 = place.rows(place.run())
+    place.table = FeatureTable(
+        open_store(place.output.address / "other", place.reader.s3), place.model
+    )
+    place.reader = ImageReader(folder.address, place.reader.s3)
+    from_folder = place.rows(place.run(list_images(folder).images))
+    assert from_s3.keys() == from_folder.keys()
+    for path, features in from_s3.items():
+        np.testing.assert_array_equal(features, from_folder[path])
+
+
+def test_a_table_of_another_model_is_refused(place: Place) -> None:
+    place.table.open(lambda: place.flatbuffer)
+    assert models_in(place.output) == [place.model]
+    other = replace(place.model, weights_sha256="0" * 64)
+    with pytest.raises(StateError, match="should hold features of"):
+        FeatureTable(place.output, other).open(lambda: place.flatbuffer)
