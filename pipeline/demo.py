@@ -40,18 +40,22 @@ def demo_images(given: Path | None) -> Iterator[tuple[Path, str]]:
             render_sample(unpacked)
             yield unpacked, "a rendered sample (give your own with IMAGES=folder)"
             return
-        archives = [given] if given.is_file() else sorted(given.glob("*.tar"))
-        if given.is_dir() and any(is_image(str(file)) for file in given.rglob("*")):
+        if _holds_an_image(given):
             yield given, str(given)
-        elif archives:
-            for archive in archives:
-                _unpack(archive, unpacked)
-            yield unpacked, ", ".join(str(archive) for archive in archives)
-        else:
+            return
+        archives = [given] if given.is_file() else sorted(given.glob("*.tar"))
+        for archive in archives:
+            _unpack(archive, unpacked)
+        if not _holds_an_image(unpacked):
             raise NoImagesError(
-                f"expected a folder of images or a .tar archive at {given}, found none. Check "
-                "IMAGES, or leave it out for a rendered sample."
+                f"expected images, in a folder or in .tar archives, at {given}, found none. "
+                "Check IMAGES, or leave it out for a rendered sample."
             )
+        yield unpacked, ", ".join(str(archive) for archive in archives)
+
+
+def _holds_an_image(folder: Path) -> bool:
+    return any(is_image(str(file)) for file in folder.rglob("*"))
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -79,7 +83,7 @@ def demo_weights(given: str | None, backbone: str | None) -> tuple[str, Path, st
         return backbone, find_weights(backbone, given), None
     given = given or os.environ.get("FRUITS_WEIGHTS") or None
     if given and Path(given).is_dir():
-        (given,) = [str(file) for file in Path(given).glob("*.h5")] or [given]
+        given = _only_weights_in(Path(given))
     try:
         return "mobilenet_v2", find_weights("mobilenet_v2", given), None
     except WeightsError:
@@ -92,6 +96,16 @@ def demo_weights(given: str | None, backbone: str | None) -> tuple[str, Path, st
             "MobileNetV2's weights could not be downloaded: EfficientNet-Lite0 takes its place "
             "(give weights with WEIGHTS=file.h5)",
         )
+
+
+def _only_weights_in(folder: Path) -> str:
+    files = sorted(folder.glob("*.h5"))
+    if len(files) != 1:
+        raise WeightsError(
+            f"expected one .h5 file in {folder}, found {', '.join(f.name for f in files) or 'none'}"
+            ". Name the file: WEIGHTS=file.h5"
+        )
+    return str(files[0])
 
 
 def check_target(folder: Path) -> None:

@@ -492,7 +492,7 @@ def _vectors_without(
     vectors: npt.NDArray[np.float32], stages: list[str | None]
 ) -> pa.ListArray[Any]:
     """Return the vectors as a list column, null where an image is in quarantine."""
-    good = np.array([stage is None for stage in stages])
+    good = np.array([stage is None for stage in stages], dtype=bool)  # also when there are none
     lengths = np.where(good, vectors.shape[1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(

@@ -23,13 +23,20 @@ def main(command: list[str]) -> int:
     # Caught, not ignored: an ignored signal would be ignored by the server too.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603
-    threading.Thread(target=_stop_when_orphaned, args=(server,), daemon=True).start()
-    return server.wait()
+    orphaned = threading.Event()
+    stopper = threading.Thread(target=_stop_when_orphaned, args=(server, orphaned), daemon=True)
+    stopper.start()
+    status = server.wait()
+    if orphaned.is_set():
+        stopper.join()  # children may take longer than the server itself
+    os.killpg(0, signal.SIGTERM)  # a server that ended by itself may have left children, too
+    return status
 
 
-def _stop_when_orphaned(server: subprocess.Popen[bytes]) -> None:
+def _stop_when_orphaned(server: subprocess.Popen[bytes], orphaned: threading.Event) -> None:
     while os.read(0, 1024):
         pass
+    orphaned.set()
     os.killpg(0, signal.SIGTERM)
     try:
         server.wait(SECONDS_TO_STOP)

@@ -27,6 +27,10 @@ SAMPLE = "fruits-360-sample.tar"  # 600 images of 20 varieties, for correctness
 
 BUCKET = "fruits"
 
+# The loopback cluster leaves out Java's optimising compiler for a quick start. Where MLlib takes
+# part in a comparison, both sides have it back: MLlib's arithmetic is in Java.
+USUAL_JAVA = {"spark.driver.extraJavaOptions": "", "spark.executor.extraJavaOptions": ""}
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -5,8 +5,8 @@
 S3 (see random_features.py). Both read the table from S3, uncached, as is usual after a feature
 job; MLlib's has the array turned into a vector by Spark's own `array_to_vector`. They take turns
 in one application, three times, and the medians are compared: the first turn's start of Python
-workers and compilation counts for neither. Both have Java's usual settings, with the optimising
-compiler that the loopback cluster leaves out for a quick start: MLlib's arithmetic is in Java.
+workers and compilation counts for neither. Both have Java's usual settings, with its optimising
+compiler (see USUAL_JAVA in _common.py).
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from pipeline.laptop import loopback_cluster
 from pipeline.pca import PCA, moments_of
 from pipeline.session import task_slots
 from pipeline.storage import Address, BucketStore
-from tests.benchmarks._common import BUCKET, Setup, application
+from tests.benchmarks._common import BUCKET, USUAL_JAVA, Setup, application
 from tests.benchmarks.random_features import DIMENSIONS, write_random_features
 from tests.benchmarks.results import Result
 
 COMPONENTS = 50
 TURNS = 3
-USUAL_JAVA = {"spark.driver.extraJavaOptions": "", "spark.executor.extraJavaOptions": ""}
 
 
 def measure(setup: Setup) -> list[Result]:

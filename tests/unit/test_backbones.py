@@ -1,0 +1,163 @@
+"""A model's id stands for its features, and LiteRT gives the features that Keras gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify, load_network
+from pipeline.decode import PREPROCESSING
+from pipeline.errors import WeightsError
+
+MOBILENET = BACKBONES["mobilenet_v2"]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    file = tmp_path / "weights.h5"
+    file.write_bytes(b"the bytes of the weights")
+    return file
+
+
+# --- the id ----------------------------------------------------------------------------------
+
+
+def test_the_same_network_size_and_weights_are_the_same_model(weights: Path) -> None:
+    model = identify(MOBILENET, weights, 224)
+    assert identify(MOBILENET, weights, 224) == model
+    copy = weights.with_name("another name.h5")
+    copy.write_bytes(weights.read_bytes())
+    assert identify(MOBILENET, copy, 224).id == model.id
+
+
+def test_whatever_changes_the_features_changes_the_id(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = {identify(MOBILENET, weights, 224).id}
+    ids.add(identify(MOBILENET, weights, 192).id)
+    ids.add(identify(BACKBONES["efficientnet_lite0"], weights, 224).id)
+    ids.add(identify(replace(MOBILENET, scale=1 / 255), weights, 224).id)
+    ids.add(identify(replace(MOBILENET, offset=0.0), weights, 224).id)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.backbones.PREPROCESSING", PREPROCESSING + ", sharpened")
+        ids.add(identify(MOBILENET, weights, 224).id)
+    weights.write_bytes(b"the bytes of other weights")
+    ids.add(identify(MOBILENET, weights, 224).id)
+    assert len(ids) == 7
+
+
+def test_the_id_says_network_and_size_and_makes_a_folders_name(weights: Path) -> None:
+    model = identify(MOBILENET, weights, 224)
+    assert model.id.startswith("mobilenet_v2-224-")
+    assert model.id.replace("-", "").replace("_", "").isalnum()
+    assert (model.dimensions, model.weights, len(model.weights_sha256)) == (1280, "weights.h5", 64)
+    assert model.preprocessing.startswith(PREPROCESSING)
+    assert Model(**model.to_json()) == model
+
+
+@pytest.mark.parametrize("size", [32, 96, 224, 1024])
+def test_a_size_the_networks_take_is_accepted(weights: Path, size: int) -> None:
+    assert identify(MOBILENET, weights, size).input_size == size
+
+
+@pytest.mark.parametrize("size", [0, -32, 31, 33, 100, 225, 1025, 1056])
+def test_another_size_is_refused(weights: Path, size: int) -> None:
+    with pytest.raises(WeightsError, match=f"32 to 1024 pixels, a multiple of 32; found {size}"):
+        identify(MOBILENET, weights, size)
+
+
+def test_missing_weights_are_told_with_their_path(tmp_path: Path) -> None:
+    for file, found in ((tmp_path / "none.h5", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(WeightsError, match=found) as told:
+            identify(MOBILENET, file, 224)
+        assert str(file) in str(told.value)
+        assert "--weights" in str(told.value)
+
+
+# --- where weights come from -----------------------------------------------------------------
+
+
+def test_a_path_is_taken_as_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_weights("mobilenet_v2", "my weights.h5") == tmp_path / "my weights.h5"
+    assert find_weights("efficientnet_lite0", "/w.pth") == Path("/w.pth")
+    assert find_weights("mobilenet_v2", "~/w.h5") == Path.home() / "w.h5"
+
+
+@pytest.mark.parametrize("given", [None, "imagenet"])
+def test_imagenet_is_what_keras_downloaded_before(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    cached = tmp_path / "models/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
+    cached.parent.mkdir()
+    cached.touch()
+    assert find_weights("mobilenet_v2", given) == cached
+    assert find_weights("efficientnet_lite0", given).suffix == ".pth"
+
+
+# --- the flatbuffer --------------------------------------------------------------------------
+
+
+def test_random_bytes_are_no_weights_and_leave_nothing_in_the_cache(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights.write_bytes(np.random.default_rng(0).bytes(100_000))
+    with pytest.raises(
+        WeightsError, match=r"expected mobilenet_v2 weights .* does not fit"
+    ) as told:
+        flatbuffer(identify(MOBILENET, weights, 96), weights)
+    assert str(weights) in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_a_model_converted_before_comes_from_the_cache(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = identify(MOBILENET, weights, 224)
+    cached = tmp_path / "fruits/models" / f"{model.id}.tflite"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"converted before")
+    assert flatbuffer(model, weights) == b"converted before"
+
+
+def pictures(size: int) -> np.ndarray:
+    """Return a gradient, noise, white and black, shape (4, size, size, 3)."""
+    down, across = np.mgrid[0:size, 0:size] * 255 // (size - 1)
+    gradient = np.stack([down, across, 255 - down], axis=-1)
+    noise = np.random.default_rng(5).integers(0, 256, (size, size, 3))
+    flat = (np.full((size, size, 3), value) for value in (255, 0))
+    return np.stack([gradient, noise, *flat]).astype(np.uint8)
+
+
+def assert_keras_agrees(model: Model, weights: Path, content: bytes) -> None:
+    pytest.importorskip("keras")
+    backbone = BACKBONES[model.network]
+    pixels = pictures(model.input_size)
+    network = load_network(content)
+    found = np.stack([network(one) for one in pixels])
+    scaled = pixels.astype(np.float32) * backbone.scale + backbone.offset
+    expected = backbone.build(weights, model.input_size).predict(scaled, verbose=0)
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape == (4, model.dimensions)
+    assert np.abs(expected).max() > 1
+    assert np.abs(found - expected).max() < 1e-3
+    np.testing.assert_array_equal(network(pixels[0]), found[0], "an image changes the next one's")
+
+
+def test_litert_gives_mobilenets_features_as_keras_does(real_weights: Path) -> None:
+    model = identify(MOBILENET, real_weights, 224)
+    assert_keras_agrees(model, real_weights, flatbuffer(model, real_weights))
+
+
+def test_litert_gives_efficientnets_features_as_keras_does(
+    small_network: tuple[Model, bytes],
+) -> None:
+    model, content = small_network
+    assert_keras_agrees(model, find_weights(model.network, None), content)

@@ -1,0 +1,339 @@
+"""Every kind of picture gives the pixels a person sees; everything else gives a reason."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.decode import BadImageError, decode
+from tests.corpus import encoded, picture
+
+SIZE = 32
+TURNS = {  # EXIF's orientation: how the camera turned the picture
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+ORIENTATION = 0x0112
+
+
+def upright(image: Image.Image | None = None) -> np.ndarray:
+    """Return the pixels that a picture must give."""
+    image = image or picture()
+    return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+
+def assert_shows(content: bytes, expected: np.ndarray, within: float = 0) -> None:
+    """Compare pixels: the mean difference of a lossy format stays below `within`."""
+    pixels = decode(content, SIZE)
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (SIZE, SIZE, 3))
+    assert np.abs(pixels.astype(int) - expected).mean() <= within
+
+
+def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
+    """Return a PNG of any depth and colour type, as its specification lays it out."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def bmp(width: int, height: int) -> bytes:
+    """Return the beginning of a BMP: what its header promises never comes."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 154, 0, 0, 54) + header + bytes(100)
+
+
+# --- good images -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "within"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 90}, 3),
+        ("JPEG", {"quality": 90}, 3),
+        ("JPEG", {"quality": 90, "progressive": True}, 3),
+        ("GIF", {}, 6),
+    ],
+)
+def test_every_format_shows_the_same_picture(
+    kind: str, options: dict[str, object], within: float
+) -> None:
+    assert_shows(encoded(picture(), kind, **options), upright(), within)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "MPO", "PNG"])
+def test_of_many_frames_the_first_is_taken(kind: str) -> None:
+    others = [Image.new("RGB", (60, 40), colour) for colour in ("black", "red")]
+    content = encoded(picture(), kind, save_all=True, append_images=others)
+    assert_shows(content, upright(), within=6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "within"),
+    [("CMYK", "JPEG", 6), ("CMYK", "TIFF", 1), ("L", "JPEG", 3), ("L", "PNG", 0), ("1", "PNG", 0)],
+)
+def test_other_colours_become_rgb(mode: str, kind: str, within: float) -> None:
+    image = picture().convert(mode)
+    expected = upright(image.convert("RGB"))
+    assert_shows(encoded(image, kind), expected, within)
+
+
+@pytest.mark.parametrize(
+    ("value", "byte"), [(0, 0), (255, 0), (32768, 127), (65535, 255), (30000, 116)]
+)
+def test_grey_of_16_bits_keeps_its_brightness(value: int, byte: int) -> None:
+    grey = np.full((40, 60), value, np.uint16)
+    for kind, numbers in (("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("TIFF", "<i4")):
+        content = encoded(Image.fromarray(grey.astype(numbers)), kind)
+        assert (decode(content, SIZE) == byte).all(), (kind, numbers)
+
+
+def test_colours_of_16_bits_keep_their_brightness() -> None:
+    row = b"\0" + struct.pack(">HHH", 65535, 32768, 0) * 3
+    assert (decode(png(3, 2, 16, 2, row * 2), SIZE) == [255, 128, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("pixel", "seen"),
+    [
+        ((200, 0, 50, 255), (200, 0, 50)),
+        ((200, 0, 50, 0), (255, 255, 255)),
+        ((0, 0, 0, 128), (127, 127, 127)),
+        ((200, 0, 50, 51), (244, 204, 214)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_what_is_transparent_lies_over_white(
+    kind: str, pixel: tuple[int, ...], seen: tuple[int, ...]
+) -> None:
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    content = encoded(Image.new("RGBA", (7, 5), pixel), kind, **options)
+    assert_shows(content, np.broadcast_to(seen, (SIZE, SIZE, 3)), within=1)
+
+
+def test_grey_with_transparency_lies_over_white() -> None:
+    assert (decode(encoded(Image.new("LA", (7, 5), (0, 0)), "PNG"), SIZE) == 255).all()
+    assert (decode(encoded(Image.new("LA", (7, 5), (90, 255)), "PNG"), SIZE) == 90).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_transparent_palette_colour_is_white(kind: str) -> None:
+    image = Image.new("P", (40, 40), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.paste(1, (20, 0, 40, 40))
+    pixels = decode(encoded(image, kind, transparency=0), SIZE)
+    assert (pixels[:, :12] == 255).all()
+    assert (pixels[:, 20:] == [200, 100, 50]).all()
+
+
+def test_a_transparent_colour_of_an_rgb_png_is_white() -> None:
+    image = Image.new("RGB", (8, 8), (1, 2, 3))
+    assert (decode(encoded(image, "PNG", transparency=(1, 2, 3)), SIZE) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize(
+    ("kind", "options", "within"),
+    [("PNG", {}, 0), ("TIFF", {}, 0), ("WEBP", {"lossless": True}, 0), ("JPEG", {}, 4)],
+)
+def test_a_picture_stands_upright_however_the_camera_was_held(
+    kind: str, options: dict[str, object], within: float, orientation: int
+) -> None:
+    turn = TURNS[orientation]
+    turned = picture() if turn is None else picture().transpose(turn)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    assert_shows(encoded(turned, kind, exif=exif, **options), upright(), within)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"]
+)
+def test_damaged_exif_does_not_cost_the_picture(exif: bytes) -> None:
+    assert_shows(encoded(picture(), "JPEG", quality=90, exif=exif), upright(), within=3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
+def test_one_pixel_is_a_picture(kind: str) -> None:
+    content = encoded(Image.new("RGB", (1, 1), (255, 255, 255)), kind)
+    assert (decode(content, SIZE) == 255).all()
+
+
+def test_a_picture_of_any_proportion_fills_the_square() -> None:
+    for shape in ((1, 3000), (3000, 1)):
+        content = encoded(Image.new("RGB", shape, (9, 8, 7)), "PNG")
+        assert (decode(content, SIZE) == [9, 8, 7]).all()
+
+
+def test_a_large_photo_is_decoded_small_and_looks_the_same() -> None:
+    photo = picture(4000, 3000)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    assert_shows(encoded(photo, "JPEG", quality=90), upright(), within=3)
+    turned = photo.transpose(Image.Transpose.ROTATE_90)
+    assert_shows(encoded(turned, "JPEG", quality=90, exif=exif), upright(), within=3)
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_the_same_bytes_give_the_same_pixels(size: int) -> None:
+    content = encoded(picture(300, 200), "JPEG")
+    first = decode(content, size)
+    assert first.shape == (size, size, 3)
+    np.testing.assert_array_equal(decode(content, size), first)
+
+
+# --- bad images ------------------------------------------------------------------------------
+
+
+def reason(content: bytes) -> str:
+    with pytest.raises(BadImageError) as refused:
+        decode(content, SIZE)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty (0 bytes)"),
+        (b"This is a shopping list.\n", "not an image: begins with b'This is '"),
+        (bytes(5000), "not an image: begins with b'\\x00"),
+        (b"%PDF-1.7\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (encoded(picture(), "PPM"), "not an image: begins with b'P6"),
+        (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "32-bit float pixels"),
+        (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "32-bit integer pixels"),
+        (encoded(Image.new("I", (4, 4), -1), "TIFF"), "32-bit integer pixels"),
+        (bmp(8000, 8000), "8000 x 8000 pixels are more than the 50,000,000 that are decoded"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_its_reason(content: bytes, words: str) -> None:
+    assert words in reason(content)
+
+
+@pytest.mark.parametrize("part", [0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+def test_a_truncated_jpeg_is_refused_at_any_length(part: float) -> None:
+    content = encoded(picture(400, 300), "JPEG", quality=95)
+    words = reason(content[: int(part * len(content))])
+    assert "truncated" in words or "not an image" in words or "cannot be decoded" in words
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP"])
+def test_half_a_picture_of_any_format_is_refused(kind: str) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (80, 80, 3), np.uint8)
+    content = encoded(Image.fromarray(noise), kind)
+    assert reason(content[: len(content) // 2])
+
+
+def test_a_reason_is_short_and_the_same_each_time() -> None:
+    whole = encoded(picture(), "PNG")
+    for content in (whole[:60], whole[:90], b"\xff\xd8\xff" + b"x" * 9999, b"II*\0" + b"\xff" * 99):
+        assert reason(content) == reason(content)
+        assert len(reason(content)) < 200
+        assert " at 0x" not in reason(content)
+
+
+MEASURE = """
+import resource, sys
+from pipeline.decode import BadImageError, decode
+def peak():
+    unit = 1024 if sys.platform == "linux" else 1024 * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+content = sys.stdin.buffer.read()
+before = peak()
+try:
+    decode(content, 224)
+except BadImageError as error:
+    print(error)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(30_000, 30_000, 8, 2, bytes(1000)),
+        png(9_000, 9_000, 8, 6, bytes(1000)),
+        png(65_000, 1_000_000, 1, 0, bytes(1000)),
+        bmp(30_000, 30_000),
+        b"GIF89a"
+        + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
+        + b",\0\0\0\0\xff\xff\xff\xff\0\2\0;",
+    ],
+    ids=["png", "a smaller png", "a flat png", "bmp", "gif"],
+)
+def test_a_bomb_is_refused_at_once_and_takes_no_memory(content: bytes) -> None:
+    began = time.monotonic()
+    assert "pixels" in reason(content)
+    assert time.monotonic() - began < 1
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], input=content, capture_output=True, check=True
+    )
+    words, megabytes = done.stdout.decode().splitlines()
+    assert "pixels" in words
+    assert int(megabytes) < 20
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(
+        [
+            b"",
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF89a",
+            b"BM",
+            b"II*\0",
+            b"MM\0*",
+            b"RIFF\x40\0\0\0WEBP",
+        ]
+    ),
+)
+def test_any_bytes_give_pixels_or_a_reason(content: bytes, beginning: bytes) -> None:
+    try:
+        pixels = decode(beginning + content, SIZE)
+    except BadImageError as error:
+        assert str(error)
+    else:
+        assert pixels.shape == (SIZE, SIZE, 3)
+
+
+SMALL = [encoded(picture(9, 7), kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(SMALL), st.data())
+def test_damage_anywhere_gives_pixels_or_a_reason(whole: bytes, data: st.DataObject) -> None:
+    content = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        pixels = decode(bytes(content), SIZE)
+    except BadImageError as error:
+        assert str(error)
+    else:
+        assert pixels.shape == (SIZE, SIZE, 3)

@@ -1,0 +1,233 @@
+"""The demo's choices: which images, which weights, and where a result may go."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.demo import check_target, copy_result, demo_images, demo_weights
+from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
+from pipeline.matrix import RESULT
+from pipeline.sample import VARIETIES
+from pipeline.storage import Address, FolderStore
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def write(folder: Path, **files: bytes) -> Path:
+    """Write files below a folder; `__` in a name stands for `/`, `_jpg` for `.jpg` and so on."""
+    for name, content in files.items():
+        stem, _, ending = name.replace("__", "/").rpartition("_")
+        file = folder / f"{stem}.{ending}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return folder
+
+
+def archive(file: Path, *names: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as content:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            content.addfile(member, io.BytesIO(name.encode()))
+    return file
+
+
+# --- images ----------------------------------------------------------------------------------
+
+
+def test_without_images_a_sample_is_rendered_for_the_time_of_the_demo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.sample.VARIETIES", {"Lemon": VARIETIES["Lemon"]})
+    with demo_images(None) as (folder, said):
+        assert {file.split("/")[0] for file in contents(folder)} == {"Lemon"}
+        assert "rendered sample" in said
+    assert not folder.exists()
+
+
+def test_a_folder_of_images_is_taken_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, Kiwi__0_jpg=b"1", more_tar=b"not even an archive")
+    with demo_images(tmp_path) as (folder, said):
+        assert folder == tmp_path
+        assert said == str(tmp_path)
+    assert contents(tmp_path) == {"Kiwi/0.jpg": b"1", "more.tar": b"not even an archive"}
+
+
+def test_archives_are_unpacked_for_the_time_of_the_demo(tmp_path: Path) -> None:
+    one = archive(tmp_path / "1.tar", "Kiwi/0.jpg", "LICENSE")
+    two = archive(tmp_path / "2.tar", "Plum é/0.jpg")
+    with demo_images(one) as (folder, said):
+        assert sorted(contents(folder)) == ["Kiwi/0.jpg", "LICENSE"]
+        assert said == str(one)
+    assert not folder.exists()
+    with demo_images(tmp_path) as (folder, said):
+        assert sorted(contents(folder)) == ["Kiwi/0.jpg", "LICENSE", "Plum é/0.jpg"]
+        assert said == f"{one}, {two}"
+    assert sorted(contents(tmp_path)) == ["1.tar", "2.tar"]
+
+
+def test_what_holds_no_image_is_refused_with_its_path(tmp_path: Path) -> None:
+    refused = [
+        write(tmp_path / "texts", a_txt=b"a"),
+        write(tmp_path / "other", a_jpg=b"a") / "a.jpg",
+        tmp_path / "missing",
+        archive(tmp_path / "texts.tar", "a.txt"),
+        archive(tmp_path / "empty.tar"),
+    ]
+    for given in refused:
+        with pytest.raises(NoImagesError, match="Check IMAGES") as told, demo_images(given):
+            pytest.fail(f"{given} was taken")
+        assert str(given) in str(told.value)
+
+
+def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    evil = archive(tmp_path / "in" / "evil.tar", "a.jpg", "../../../../evil.jpg")
+    with pytest.raises(NoImagesError, match="outside the destination"), demo_images(evil):
+        pytest.fail("it was taken")
+    assert not list(tmp_path.rglob("evil.jpg"))
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keras_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keras's cache as it is after a download, and no other source of weights."""
+    monkeypatch.delenv("FRUITS_WEIGHTS", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    file = tmp_path / "keras/models"
+    return write(file, **{"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top_h5": b""})
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Keras's download fail at once, as without a network."""
+    monkeypatch.delenv("FRUITS_WEIGHTS", raising=False)
+
+    def fail() -> Path:
+        raise WeightsError("Keras could not download its MobileNetV2 weights")
+
+    monkeypatch.setattr("pipeline.backbones._download_mobilenet_v2", fail)
+
+
+def test_weights_are_those_given_then_the_environments_then_keras(
+    keras_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = write(tmp_path, given_h5=b"", named_h5=b"")
+    (kerass,) = keras_home.iterdir()
+    assert demo_weights(None, None) == ("mobilenet_v2", kerass, None)
+    monkeypatch.setenv("FRUITS_WEIGHTS", str(given / "named.h5"))
+    assert demo_weights(None, None) == ("mobilenet_v2", given / "named.h5", None)
+    assert demo_weights(str(given / "given.h5"), None)[1] == given / "given.h5"
+
+
+def test_a_folder_stands_for_the_one_weights_file_in_it(tmp_path: Path) -> None:
+    folder = write(tmp_path / "weights", a_h5=b"", README_md=b"")
+    assert demo_weights(str(folder), None)[1] == folder / "a.h5"
+
+
+def test_a_folder_of_several_weights_or_none_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    folder = write(tmp_path / "weights", a_h5=b"", b_h5=b"")
+    with pytest.raises(WeightsError, match=r"found a\.h5, b\.h5"):
+        demo_weights(str(folder), None)
+    with pytest.raises(WeightsError, match="found none"):
+        demo_weights(str(tmp_path), None)
+
+
+def test_without_a_download_the_other_network_takes_its_place_and_says_so(
+    no_download: None,
+) -> None:
+    backbone, weights, said = demo_weights(None, None)
+    assert backbone == "efficientnet_lite0"
+    assert weights.is_file()
+    assert said is not None
+    assert "EfficientNet-Lite0 takes its place" in said
+
+
+@pytest.mark.parametrize(("given", "backbone"), [("imagenet", None), (None, "mobilenet_v2")])
+def test_what_was_asked_for_by_name_is_never_replaced(
+    no_download: None, given: str | None, backbone: str | None
+) -> None:
+    with pytest.raises(WeightsError, match="could not download"):
+        demo_weights(given, backbone)
+
+
+def test_the_other_network_may_be_asked_for(
+    no_download: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRUITS_WEIGHTS", str(tmp_path / "of mobilenet_v2.h5"))
+    backbone, weights, said = demo_weights(None, "efficientnet_lite0")
+    assert (backbone, said) == ("efficientnet_lite0", None)
+    assert weights.suffix == ".pth"
+
+
+# --- the result ------------------------------------------------------------------------------
+
+
+def test_a_free_folder_or_an_earlier_result_may_be_the_target(tmp_path: Path) -> None:
+    check_target(tmp_path / "missing")
+    check_target(tmp_path)
+    check_target(write(tmp_path, run_json=b"{}", report_html=b""))
+
+
+def test_anything_else_is_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, thesis_doc=b"mine")
+    with pytest.raises(OutputTakenError, match="no earlier result"):
+        check_target(tmp_path)
+    with pytest.raises(OutputTakenError, match=r"thesis\.doc is a file"):
+        check_target(tmp_path / "thesis.doc")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FolderStore:
+    """A whole result, with the features that stay where they are."""
+    store = FolderStore(Address.parse(str(tmp_path / "source")))
+    for name in RESULT:
+        key = f"{name}/part" if name in ("matrix.parquet", "model") else name
+        store.write(key, name.encode())
+    store.write("run.json", b"{}")
+    store.write("features/m/model.json", b"")
+    return store
+
+
+WHOLE = {
+    **{name: name.encode() for name in RESULT if name not in ("matrix.parquet", "model")},
+    "matrix.parquet/part": b"matrix.parquet",
+    "model/part": b"model",
+    "run.json": b"{}",
+}
+
+
+def test_a_result_is_copied_whole_and_replaces_an_earlier_one(
+    source: FolderStore, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    copy_result(source, target / "new.v1")
+    assert contents(target / "new.v1") == WHOLE
+    write(target / "new.v1", of_the_earlier_txt=b"")
+    copy_result(source, target / "new.v1")
+    assert contents(target / "new.v1") == WHOLE
+    assert [file.name for file in target.iterdir()] == ["new.v1"]
+    assert target.joinpath("new.v1").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_copy_that_fails_leaves_the_earlier_result_and_nothing_else(
+    source: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write(tmp_path / "targets" / "target", run_json=b"the earlier one")
+
+    def lost(_store: FolderStore, key: str) -> bytes:
+        raise OSError(f"connection lost at {key}")
+
+    monkeypatch.setattr(FolderStore, "read", lost)
+    with pytest.raises(OSError, match="connection lost"):
+        copy_result(source, target)
+    assert contents(target.parent) == {"target/run.json": b"the earlier one"}

@@ -1,0 +1,100 @@
+"""The listing: every image by its key, with its folder's name as label, and nothing read."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import NoImagesError, StorageError
+from pipeline.images import IMAGE_ENDINGS, LISTING, Listing, is_image, label_of, list_images
+from pipeline.storage import Address, FolderStore
+
+
+def listing_of(folder: Path, *keys: str) -> Listing:
+    """List a folder with files of these names, each as long as its name."""
+    for key in keys:
+        file = folder / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * len(key))
+    return list_images(FolderStore(Address.parse(str(folder))))
+
+
+def labels(listing: Listing) -> dict[str, str | None]:
+    rows = listing.images.select(["path", "label"]).to_pylist()
+    return {row["path"]: row["label"] for row in rows}
+
+
+def test_the_label_is_the_name_of_the_folder_an_image_lies_in(tmp_path: Path) -> None:
+    found = listing_of(tmp_path, "Apple Red 1/0.jpg", "train/Kiwi/1.jpg", "at the root.jpg")
+    assert labels(found) == {
+        "Apple Red 1/0.jpg": "Apple Red 1",
+        "at the root.jpg": None,
+        "train/Kiwi/1.jpg": "Kiwi",
+    }
+
+
+@pytest.mark.parametrize("ending", sorted(IMAGE_ENDINGS))
+def test_an_image_is_told_by_its_ending_in_any_case(ending: str) -> None:
+    for name in (ending, ending.upper(), ending.title()):
+        assert is_image(f"a/photo{name}")
+        assert is_image(f"_a/.photo.backup{name}")
+        assert not is_image(f"a/photo{name}.txt")
+
+
+@pytest.mark.parametrize("key", ["notes.txt", "jpg", "a.jpg/readme", "photo.jpg~", "x.svg", "a/b"])
+def test_anything_else_is_no_image(key: str) -> None:
+    assert not is_image(key)
+
+
+def test_hidden_names_are_listed(tmp_path: Path) -> None:
+    found = listing_of(tmp_path, "_a/0.jpg", ".b/1.jpg", "c/_2.jpg", "c/.3.jpg")
+    assert labels(found) == {".b/1.jpg": ".b", "_a/0.jpg": "_a", "c/.3.jpg": "c", "c/_2.jpg": "c"}
+    assert found.ignored == 0
+
+
+def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
+    found = listing_of(tmp_path, "a/0.jpg", "a/0.txt", "LICENSE", "a/.DS_Store")
+    assert found.images.num_rows == 1
+    assert found.ignored == 3
+
+
+def test_a_folder_may_be_named_like_an_image(tmp_path: Path) -> None:
+    found = listing_of(tmp_path, "x.jpg/inside.png")
+    assert labels(found) == {"x.jpg/inside.png": "x.jpg"}
+    assert label_of("x.jpg/inside.png") == "x.jpg"
+
+
+def test_the_listing_is_sorted_by_path_whatever_the_folders(tmp_path: Path) -> None:
+    keys = ["b/1.jpg", "a/2.jpg", "a.jpg", "a-b/3.jpg", "a/1.jpg", "B/1.jpg", "é/1.jpg", "z.jpg"]
+    paths = listing_of(tmp_path, *keys).images["path"].to_pylist()
+    assert paths == sorted(keys)
+
+
+def test_the_listing_has_its_schema_lengths_and_times(tmp_path: Path) -> None:
+    before = datetime.now(UTC)
+    images = listing_of(tmp_path, "a/0.jpg", "a/long name.jpg").images
+    assert images.schema == LISTING
+    assert images["length"].to_pylist() == [7, 15]
+    for modified in images["modified"].to_pylist():
+        assert abs(modified - before).total_seconds() < 60
+    assert images["version"].null_count == images["path"].null_count == 0
+
+
+def test_a_folder_without_images_is_told_by_its_address(tmp_path: Path) -> None:
+    with pytest.raises(NoImagesError, match="found 2 other objects") as told:
+        listing_of(tmp_path, "a.txt", "b/c.csv")
+    assert f"below {tmp_path}, " in str(told.value)
+    assert f"fruits upload FOLDER {tmp_path}" in str(told.value)
+
+
+def test_a_missing_folder_is_told_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=f"expected a folder at {tmp_path}/none, found none"):
+        listing_of(tmp_path / "none")
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(StorageError, match=r"expected a folder at .*a\.jpg, found none"):
+        listing_of(tmp_path / "a.jpg")
