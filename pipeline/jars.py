@@ -139,7 +139,8 @@ def _resolve(modules: Iterable[tuple[str, str, str]], scratch: Path, *, transiti
     )
     (ivy,) = _spark_jars().glob("ivy-*.jar")
     command = [
-        str(find_java_home() / "bin" / "java"), "-jar", str(ivy),
+        str(find_java_home() / "bin" / "java"),
+        *_trust_machine_certificates(), "-jar", str(ivy),
         "-settings", str(scratch / "settings.xml"), "-ivy", str(scratch / "ivy.xml"),
         "-cache", str(scratch / "cache"), "-types", "jar",
         "-retrieve", str(scratch / "jars" / "[artifact]-[revision].[ext]"),
@@ -156,6 +157,12 @@ def _resolve(modules: Iterable[tuple[str, str, str]], scratch: Path, *, transiti
         tail = "".join(line for line in output if line.strip("\t\n .:"))[-1500:]
         raise JarError(f"Ivy could not bring the jars. Its last words:\n{tail}")
     return scratch / "jars"
+
+
+def _trust_machine_certificates() -> list[str]:
+    """Let any Java trust what Debian's trusts: a mirror's own authority, for one."""
+    store = Path("/etc/ssl/certs/java/cacerts")
+    return [f"-Djavax.net.ssl.trustStore={store}"] if store.exists() else []
 
 
 def lock(file: Path = LOCK_FILE) -> None:
