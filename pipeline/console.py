@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     ProgressColumn,
     SpinnerColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -68,10 +67,21 @@ class ConsoleObserver:
             self.bars.stop_task(self.task)
 
 
-class _Speed(ProgressColumn):
+class _Figures(ProgressColumn):
+    """Images done, images/s, time left and quarantined, as far as a stage has them."""
+
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} images/s" if speed and (task.total or 0) > 1 else "")
+        if not task.total or task.total == 1:
+            return Text("")
+        parts = [f"{task.completed:,.0f}/{task.total:,.0f}"]
+        seconds = task.finished_time or task.elapsed
+        if seconds and task.completed:
+            parts.append(f"{task.completed / seconds:,.0f} images/s")
+        if not task.finished and task.time_remaining:
+            parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
+        if task.fields["note"]:
+            parts.append(task.fields["note"])
+        return Text("  ".join(parts), no_wrap=True)
 
 
 @contextmanager
@@ -80,12 +90,9 @@ def observing() -> Iterator[ConsoleObserver]:
     columns = (
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Speed(),
+        BarColumn(bar_width=12),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[yellow]{task.fields[note]}"),
+        _Figures(),
     )
     with Bars(*columns, console=err) as bars:
         observer = ConsoleObserver(bars)
