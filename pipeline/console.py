@@ -123,7 +123,7 @@ def explain(error: BaseException) -> str:
     if "No space left on device" in text or "There is not enough space" in text:
         return "no space left on a disk of the cluster. Free some, then run again to continue."
     # Of Python's and Java's traces, or one inside the other, the last that names its cause.
-    named = r"^(?:Caused by: |: )?([\w.$]*(?:Error|Exception): (?!Traceback).+)$"
+    named = r"^(?:Caused by: |: )?([\w.$]*(?:Error|Exception): .+)$"
     causes = re.findall(named, text, re.MULTILINE)
     cause = (causes or text.strip().splitlines() or [type(error).__name__])[-1]
     return f"{cause[:400].rstrip('.')}. Run again to continue; --debug shows the whole trace."

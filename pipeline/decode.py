@@ -18,6 +18,10 @@ PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
 # 50 million pixels decode to 150 MB of RGB: a Python worker stays below its 400 MB.
 MAX_PIXELS = 50_000_000
 
+# Pillow warns of bombs, which MAX_PIXELS refuses, and of odd metadata. Filtered once and for all:
+# `catch_warnings` in `decode` would lose the caller's own filters where threads decode at once.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 class BadImageError(ValueError):
     """An image that cannot be decoded; the message is the reason kept in quarantine."""
@@ -46,10 +50,8 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     if not content:
         raise BadImageError("the file is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; MAX_PIXELS refuses them
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                return _pixels(image, size)
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            return _pixels(image, size)
     except BadImageError:
         raise
     except UnidentifiedImageError:

@@ -192,14 +192,12 @@ class FeatureTable:
         Rows whose images were dropped or replaced since are left out by a join with the index,
         where there are such rows.
         """
-        batches = sorted(set(index["batch"].to_pylist()))
+        good = index.filter(pc.is_null(index["stage"]))
+        batches = sorted(set(good["batch"].to_pylist()))
         table = spark.read.schema(ROWS).parquet(*(self.batch_uri(batch) for batch in batches))
-        all_live = table.count() == index.num_rows  # answered by the files' footers
-        table = table.select("path", "label", "version", "batch", "features").where(
-            sf.col("features").isNotNull()
-        )
-        if not all_live:
-            live = spark.createDataFrame(index.select(["path", "version", "batch"]))
+        table = table.where(sf.col("stage").isNull())
+        if table.count() != good.num_rows:  # reads one narrow column
+            live = spark.createDataFrame(good.select(["path", "version", "batch"]))
             table = table.join(live, ["path", "version", "batch"], "left_semi")
         return table.select("path", "label", "batch", "features")
 

@@ -50,7 +50,6 @@ from pipeline.matrix import (
     write_matrix,
 )
 from pipeline.pca import PCA, Moments, State, moments_of
-from pipeline.report import render_report
 from pipeline.session import task_slots
 from pipeline.storage import Address, ImageReader, S3Settings, open_store
 
@@ -161,7 +160,7 @@ class Job:
         if previous is None or not self._asks_the_same(previous):
             return None
         index = nothing_to_compute(self.table, listing.images)
-        if index is None:
+        if index is None or _digest_of(_digests(index)) != previous["pca"].get("digest"):
             return None
         done = Pass(index, computed=0, reused=index.num_rows, dropped=0)
         return {
@@ -261,6 +260,8 @@ class Job:
         }
 
     def _report(self, run: Run, pca: PCA, good: pa.Table, bad: pa.Table) -> str:
+        from pipeline.report import render_report  # matplotlib: half a second to import
+
         axes = ["pc_1", "pc_2"][: pca.k]
         matrix = self.spark().read.parquet((self.output / f"{NEXT}/matrix.parquet").uri)
         scores = matrix.select("path", "label", *axes).toArrow().sort_by("path")
@@ -291,6 +292,7 @@ class Job:
                 "rows": rows.num_rows,
                 "fit": fit,
                 "rows_read": rows_read,
+                "digest": _digest_of(_digests(done.index)),
             },
             "images_per_second": done.computed / seconds if done.computed else None,
             "versions": _versions(spark),
@@ -381,6 +383,11 @@ def _digests(index: pa.Table) -> dict[str, str]:
     for batch, path, version_ in zip(*columns, strict=True):
         rows[batch].update(f"{path}\0{version_}\0".encode())
     return {batch: digest.hexdigest() for batch, digest in rows.items()}
+
+
+def _digest_of(digests: dict[str, str]) -> str:
+    """Return one digest for all features that a result was made of."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 THUMBNAILS_PER_LABEL, LABELS_SHOWN, THUMBNAIL_SIZE = 12, 60, 100

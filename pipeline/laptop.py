@@ -76,7 +76,7 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
         _write_settings(folder / "conf", s3, master)
         servers.start("master", _master_command(master))
         if with_s3:
-            servers.start("s3", _s3_command(folder / "s3", s3), _s3_inner_keys())
+            servers.start("s3", _s3_command(folder / "s3", s3), _s3_environment())
         servers.wait("master", lambda: _json(f"{master.page}/json/") is not None)
         for number in range(1, WORKERS + 1):
             work = folder / f"worker-{number}"
@@ -180,7 +180,7 @@ def _s3_command(home: Path, s3: S3Settings) -> list[str]:
         "ip": HOST,
         "ip.bind": HOST,
         "master.telemetry": "false",
-        "master.volumeSizeLimitMB": 1024,
+        "master.volumeSizeLimitMB": 128,  # a disk holds a limited number of volumes
         "volume.max": 0,
         "volume.preStopSeconds": 0,
         "filer": "true",
@@ -200,10 +200,14 @@ def _s3_command(home: Path, s3: S3Settings) -> list[str]:
     return [str(weed), "-logtostderr=true", "server", *arguments]
 
 
-def _s3_inner_keys() -> dict[str, str]:
-    """Return keys with which SeaweedFS's inner HTTP services answer to its own S3 only."""
+def _s3_environment() -> dict[str, str]:
+    """Return keys with which SeaweedFS's inner HTTP services answer to its own S3 only.
+
+    And two volumes for each new bucket instead of seven, so that many buckets fit on a small disk.
+    """
     names = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
-    return {f"WEED_JWT_{name}_KEY": secrets.token_urlsafe(30) for name in names}
+    keys = {f"WEED_JWT_{name}_KEY": secrets.token_urlsafe(30) for name in names}
+    return {**keys, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "2"}
 
 
 def _s3_answers(s3: S3Settings) -> bool:

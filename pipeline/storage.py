@@ -353,7 +353,7 @@ class BucketStore:
             "404": "there is no such bucket or object; check the address",
         }
         detail = remedies.get(code, error.get("Message", "no more is known"))
-        return f"{self.address}: S3 answered {code}: {detail}."
+        return f"{self.address}: S3 answered {code}: {detail.rstrip('.')}."
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.demo import demo_weights
 from pipeline.errors import FruitsError
-from tests.benchmarks._common import Setup, measure_by_name
+from tests.benchmarks._common import Setup, measure_by_name, stop_on_sigterm
 from tests.benchmarks.results import Result, as_table, write_json
 
 BENCHMARKS = ("features", "features_25ms", "notebook", "pca", "rerun", "memory", "correctness")
@@ -92,9 +92,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _apart(name: str, setup: Setup) -> list[Result]:
     """Run a benchmark in a new process: no Java, no module of the one before is left over."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure_by_name, name, setup).result()
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=stop_on_sigterm) as pool:
+        try:
+            return pool.submit(measure_by_name, name, setup).result()
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.terminate()  # it stops its cluster first
+            raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop_on_sigterm()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -149,3 +150,8 @@ def measure_by_name(name: str, setup: Setup) -> list[Result]:
     """Run the benchmark of this name; here, where a new process finds it."""
     results: list[Result] = import_module(f"tests.benchmarks.{name}").measure(setup)
     return results
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does, so that clusters are stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -132,6 +132,19 @@ def test_an_image_that_is_gone_leaves_the_result(
     assert str(gone.relative_to(pictures)) not in scores(output)[0]
 
 
+def test_a_result_older_than_the_features_is_made_anew(
+    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
+) -> None:
+    new = pictures / "Plum" / "late.jpg"
+    shutil.copy(next((pictures / "Lemon").glob("*.jpg")), new)
+    assert fruits("features", pictures, output, *SMALL).returncode == 0
+    assert "late.jpg" not in (output / "matrix.csv").read_text()
+    done = fruits("run", pictures, output, *SMALL, "--standardize")
+    assert done.returncode == 0, done.stderr
+    assert run_json(output)["counts"]["computed"] == 0
+    assert str(new.relative_to(pictures)) in scores(output)[0]
+
+
 def test_features_and_pca_apart_give_the_matrix_of_run(
     cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
 ) -> None:

@@ -6,7 +6,9 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from PIL import Image
 
 from pipeline.decode import BadImageError, decode
 from tests.corpus import encoded, picture
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes decode's own filter
 
 SIZE = 32
 TURNS = {  # EXIF's orientation: how the camera turned the picture
@@ -204,6 +208,28 @@ def test_the_same_bytes_give_the_same_pixels(size: int) -> None:
     first = decode(content, size)
     assert first.shape == (size, size, 3)
     np.testing.assert_array_equal(decode(content, size), first)
+
+
+def test_threads_that_decode_at_once_leave_pythons_warnings_as_they_are() -> None:
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(16) as pool:
+        pixels = list(pool.map(decode, [encoded(picture(), "JPEG")] * 500, [SIZE] * 500))
+    assert list(warnings.filters) == before
+    assert all((one == pixels[0]).all() for one in pixels)
+
+
+def test_what_pillow_warns_of_is_not_the_users_to_read() -> None:
+    code = f"""
+from pipeline.decode import BadImageError, decode
+try:
+    decode({png(12_000, 12_000, 1, 0, b"")!r}, 32)
+except BadImageError as error:
+    print(error)
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "12000 x 12000 pixels are more" in done.stdout
+    assert done.stderr == ""
 
 
 # --- bad images ------------------------------------------------------------------------------
