@@ -15,8 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
 
-# 50 million pixels decode to 150 MB of RGB: a Python worker stays below its 400 MB.
-MAX_PIXELS = 50_000_000
+# A pixel costs up to 27 bytes on its way (RGBA WebP, measured), so one image 320 MB at most.
+MAX_PIXELS = 12_000_000
+# A JPEG is decoded at an eighth of its size where that is enough, so more pixels cost only time.
+MAX_JPEG_PIXELS = 200_000_000
 
 # Pillow warns of bombs, which MAX_PIXELS refuses, and of odd metadata. Filtered once and for all:
 # `catch_warnings` in `decode` would lose the caller's own filters where threads decode at once.
@@ -45,7 +47,8 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     Raises
     ------
     BadImageError
-        When the bytes are no image, are truncated, or hold more than 50 million pixels.
+        When the bytes are no image, are truncated, or hold more than 12 million pixels
+        (200 million in a JPEG).
     """
     if not content:
         raise BadImageError("the file is empty (0 bytes)")
@@ -69,15 +72,16 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImageError(
-            f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded"
-        )
     # A large JPEG is decoded at a half, a quarter or an eighth, never below twice the size wanted.
     image.draft(None, (2 * size, 2 * size))
+    most = MAX_JPEG_PIXELS if image.format == "JPEG" else MAX_PIXELS
+    if width * height > most or image.width * image.height > MAX_PIXELS:
+        raise BadImageError(
+            f"{width} x {height} pixels are more than the {most:,} that are decoded"
+        )
     image.load()
-    upright = ImageOps.exif_transpose(image)
-    resized = _to_rgb(upright).resize((size, size), Image.Resampling.BILINEAR)
+    ImageOps.exif_transpose(image, in_place=True)
+    resized = _to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
 
@@ -97,7 +101,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Scale 0..65535 to 0..255; Pillow's own conversion would clip all above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise BadImageError("32-bit integer pixels: which value is white is not known")
     return Image.fromarray((values // 257).astype(np.uint8), mode="L")

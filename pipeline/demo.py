@@ -137,7 +137,7 @@ def copy_result(source: Store, folder: Path) -> None:
                 file.write_bytes(source.read(entry.key) or b"")
         fresh.chmod(0o755)
         if folder.exists():
-            old = fresh.with_suffix(".old")
+            old = fresh.with_name(f"{fresh.name}-old")
             folder.rename(old)
             fresh.rename(folder)
             shutil.rmtree(old)

@@ -108,6 +108,7 @@ def _fetch_missing(missing: list[Jar], folder: Path) -> None:
         wanted = [(jar.organisation, jar.name, jar.version) for jar in missing]
         arrived = _resolve(wanted, Path(scratch), transitive=False)
         for jar in missing:
+            (folder / jar.file_name).unlink(missing_ok=True)  # a damaged one helps nobody
             problem = jar.problem(arrived)
             if problem:
                 raise JarError(

@@ -31,7 +31,7 @@ from pyspark.sql import SparkSession
 from pipeline import __version__
 from pipeline.backbones import Model
 from pipeline.decode import BadImageError, decode
-from pipeline.errors import NoImagesError, OutputTakenError, StateError
+from pipeline.errors import NoImagesError, OutputTakenError, StateError, StorageError
 from pipeline.features import (
     FeatureTable,
     Pass,
@@ -318,6 +318,12 @@ class Job:
             raise OutputTakenError(
                 f"expected IMAGES and OUTPUT apart, found one inside the other ({self.images}, "
                 f"{self.output}). Choose another OUTPUT."
+            )
+        odd = sorted(set("*?[]{}") & set(self.output.path))
+        if odd:
+            raise StorageError(
+                f"expected an OUTPUT whose name Spark reads as it stands, found {' '.join(odd)} in "
+                f"{self.output}, which Spark takes for a pattern. Choose another name."
             )
         content = self.store.read("run.json")
         previous = None if content is None else _parse_run(content, self.output)

@@ -61,7 +61,7 @@ class Address:
         """Read `s3a://bucket/prefix`, `s3://bucket/prefix` or a folder's path."""
         scheme, separator, rest = text.partition("://")
         if not separator:
-            return cls(None, str(Path(text).expanduser().absolute()))
+            return cls(None, str(Path(text).expanduser().resolve()))
         if scheme == "file" and rest.startswith("/"):
             return cls(None, rest)
         bucket, _, prefix = rest.partition("/")

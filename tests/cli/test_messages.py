@@ -102,6 +102,10 @@ def test_a_damaged_run_json(fruits: Fruits, fruit_pictures: Path, tmp_path: Path
     one_line_error(fruits("run", fruit_pictures, "output", *LITE), "run.json is damaged")
 
 
+def test_an_output_whose_name_is_a_pattern(fruits: Fruits, fruit_pictures: Path) -> None:
+    one_line_error(fruits("run", fruit_pictures, "out[1]", *LITE), "takes for a pattern")
+
+
 def test_an_output_inside_the_images(fruits: Fruits, fruit_pictures: Path) -> None:
     one_line_error(fruits("run", fruit_pictures, fruit_pictures / "out", *LITE), "apart")
 

@@ -253,7 +253,7 @@ def reason(content: bytes) -> str:
         (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "32-bit float pixels"),
         (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "32-bit integer pixels"),
         (encoded(Image.new("I", (4, 4), -1), "TIFF"), "32-bit integer pixels"),
-        (bmp(8000, 8000), "8000 x 8000 pixels are more than the 50,000,000 that are decoded"),
+        (bmp(8000, 8000), "8000 x 8000 pixels are more than the 12,000,000 that are decoded"),
     ],
 )
 def test_what_is_no_image_is_refused_with_its_reason(content: bytes, words: str) -> None:
