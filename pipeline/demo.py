@@ -10,16 +10,85 @@ import os
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.backbones import find_weights
+from pipeline.console import observing, out, summary
 from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
 from pipeline.images import is_image
 from pipeline.matrix import RESULT
+from pipeline.place import Place, make_job, open_place
 from pipeline.sample import render_sample
-from pipeline.storage import Store
+from pipeline.storage import Address, BucketStore, S3Settings, Store, open_store
+from pipeline.upload import upload
+
+SOURCE, TARGET = Address("fruits", "images"), Address("fruits", "result")
+
+
+def show(
+    images: Path | None, weights: str | None, backbone: str | None, output: Path, *, keep: bool
+) -> None:
+    """Do the whole job on loopback and tell what happens.
+
+    Parameters
+    ----------
+    images
+        As for `demo_images`; None takes FRUITS_IMAGES.
+    weights, backbone
+        As for `demo_weights`.
+    output
+        The folder that the result is copied to.
+    keep
+        Stay up afterwards, until Ctrl-C.
+    """
+    check_target(output)
+    if images is None and os.environ.get("FRUITS_IMAGES"):
+        images = Path(os.environ["FRUITS_IMAGES"])
+    with ExitStack() as stack:
+        folder, told = stack.enter_context(demo_images(images))
+        out.print(f"Images from {told}.")
+        network, file, note = demo_weights(weights, backbone)
+        if note:
+            out.print(f"[yellow]{note}.")
+        with observing() as observer:
+            observer.stage("Starting Spark and S3 on loopback")
+            place = stack.enter_context(open_place(None, with_s3=True))
+            bucket = BucketStore(SOURCE, place.s3)
+            bucket.create_bucket()
+            observer.stage("Uploading the images")
+            upload(open_store(Address.parse(str(folder)), S3Settings()), bucket, observer.files)
+            job = make_job(place, observer, str(SOURCE), str(TARGET), network, str(file))
+            run = job.run()
+            copy_result(job.store, output)
+        out.print(summary(run, str(output)))
+        out.print(f"\nLook at {output}/report.html.")
+        if keep:
+            _wait_with_pages(place)
+        else:
+            out.print(
+                "Next: your own images, make demo IMAGES=folder\n"
+                "      the Spark pages, .venv/bin/fruits demo --keep\n"
+                "      all commands, .venv/bin/fruits --help"
+            )
+
+
+def _wait_with_pages(place: Place) -> None:
+    out.print("\nThe cluster stays up until Ctrl-C:")
+    for name, page in place.pages.items():
+        out.print(f"  {name:<12} {page}")
+    out.print(
+        f"In another terminal:\n  export SPARK_CONF_DIR={place.conf}\n"
+        f"  .venv/bin/fruits upload FOLDER {SOURCE}   # add images\n"
+        f"  .venv/bin/fruits run {SOURCE} s3a://fruits/other --components 20"
+    )
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        out.print("Stopping.")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def find_java_home() -> Path:
         looked_at.append(f"{home} ({'no Java' if version is None else f'Java {version}'})")
     raise JavaNotFoundError(
         f"Spark needs Java {OLDEST_JAVA} or later; found {', '.join(looked_at) or 'none'}. "
-        "Install one (Debian, Ubuntu: sudo apt install default-jre-headless; "
+        "Install one (Debian, Ubuntu: sudo apt install openjdk-17-jre-headless, or -21-; "
         "macOS: brew install openjdk@17) or set JAVA_HOME."
     )
 

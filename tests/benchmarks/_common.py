@@ -13,12 +13,12 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipeline.backbones import BACKBONES, Model, flatbuffer, identify
-from pipeline.cli import CLUSTERS
 from pipeline.demo import demo_images
 from pipeline.features import FeatureTable, Progress
 from pipeline.images import is_image
 from pipeline.job import Job, PCAOptions
 from pipeline.laptop import Loopback, loopback_cluster
+from pipeline.place import CLUSTERS
 from pipeline.session import make_session
 from pipeline.storage import Address, BucketStore, open_store
 from tests.benchmarks.results import Result

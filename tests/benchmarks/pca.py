@@ -21,9 +21,9 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.cli import CLUSTERS
 from pipeline.laptop import loopback_cluster
 from pipeline.pca import PCA, moments_of
+from pipeline.place import CLUSTERS
 from pipeline.session import task_slots
 from pipeline.storage import Address, BucketStore
 from tests.benchmarks._common import BUCKET, USUAL_JAVA, Setup, application

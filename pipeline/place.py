@@ -1,0 +1,149 @@
+"""Where a job runs: the S3 it reads, the Spark it starts once it needs it, the model it loads.
+
+The command line and the demo say what they want in words; this turns the words into a job.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from pipeline.backbones import BACKBONES, find_weights, flatbuffer, identify
+from pipeline.errors import StateError, StorageError
+from pipeline.features import FeatureTable, models_in
+from pipeline.job import Job, Observer
+from pipeline.laptop import loopback_cluster
+from pipeline.session import make_session, read_settings
+from pipeline.storage import Address, S3Settings, open_store
+
+CLUSTERS = Path(".fruits")  # the folders of loopback clusters, below the current one
+
+
+@contextmanager
+def open_place(master: str | None, *, with_s3: bool = False) -> Iterator[Place]:
+    """Open a place and, at the end, stop whatever was started in it.
+
+    Parameters
+    ----------
+    master
+        `spark://host:port`; None takes the cluster that SPARK_CONF_DIR describes, else one that is
+        started on loopback once a session is asked for.
+    with_s3
+        Start a cluster on loopback right away, and an S3 server with it.
+    """
+    with ExitStack() as stack:
+        yield Place(stack, master, with_s3=with_s3)
+
+
+class Place:
+    """An S3, the session once it is needed, and the addresses of their pages."""
+
+    def __init__(self, stack: ExitStack, master: str | None, *, with_s3: bool) -> None:
+        self.stack = stack
+        self.master = master
+        self.pages: dict[str, str] = {}
+        self.conf: Path | None = None
+        self.log: Path | None = None
+        self.session: SparkSession | None = None
+        if with_s3:
+            self._start_cluster(with_s3=True)
+        self.s3 = S3Settings.from_spark(read_settings())
+
+    def spark(self) -> SparkSession:
+        """Return the session; start it, and a loopback cluster if no other is known."""
+        if self.session is None:
+            if self.master is None and "spark.master" not in read_settings():
+                self._start_cluster(with_s3=False)
+            self.session = make_session("fruits", self.master, log=self.log)
+            self.stack.callback(self.session.stop)
+            self.pages["application"] = self.session.sparkContext.uiWebUrl or "none"
+        return self.session
+
+    def _start_cluster(self, *, with_s3: bool) -> None:
+        cluster = self.stack.enter_context(loopback_cluster(CLUSTERS, with_s3=with_s3))
+        self.pages = dict(cluster.pages)
+        self.conf = cluster.conf
+        self.log = cluster.conf.parent / "driver.log"
+
+
+def make_job(
+    place: Place,
+    observer: Observer,
+    images: str,
+    output: str,
+    backbone: str,
+    weights: str | None,
+    input_size: int = 224,
+    force: bool = False,
+) -> Job:
+    """Return the job from IMAGES to OUTPUT by a network and its weights.
+
+    Raises
+    ------
+    FruitsError
+        When an address or the weights cannot be used.
+    """
+    file = find_weights(backbone, _fetched(weights, place))
+    model = identify(BACKBONES[backbone], file, input_size)
+    return Job(
+        images=Address.parse(images),
+        output=Address.parse(output),
+        model=model,
+        flatbuffer=lambda: flatbuffer(model, file),
+        spark=place.spark,
+        s3=place.s3,
+        observer=observer,
+        force=force,
+    )
+
+
+def _fetched(weights: str | None, place: Place) -> str | None:
+    """Return a local name for weights; those on S3 are fetched for the time of the run."""
+    if weights is None or "://" not in weights:
+        return weights
+    address = Address.parse(weights)
+    folder, _, name = address.path.rpartition("/")
+    content = open_store(Address(address.bucket, folder), place.s3).read(name)
+    if content is None:
+        raise StorageError(f"expected weights at {weights}, found none; check --weights.")
+    scratch = place.stack.enter_context(tempfile.TemporaryDirectory(prefix="fruits-"))
+    file = Path(scratch) / name
+    file.write_bytes(content)
+    return str(file)
+
+
+def make_job_of_table(
+    place: Place, observer: Observer, output: str, backbone: str | None, force: bool = False
+) -> Job:
+    """Return the job that goes on from the feature table below OUTPUT.
+
+    Raises
+    ------
+    StateError
+        When OUTPUT holds no complete table, or several and `backbone` does not choose one.
+    """
+    store = open_store(Address.parse(output), place.s3)
+    models = models_in(store)
+    chosen = [model for model in models if backbone in (None, model.network)]
+    if len(chosen) != 1:
+        held = ", ".join(model.id for model in models) or "none"
+        raise StateError(
+            f"expected the features of one model in {output}"
+            f"{f' and of {backbone}' if backbone else ''}, found: {held}. "
+            + ("Choose with --backbone." if chosen else "Compute them: fruits features --help")
+        )
+    (model,) = chosen
+    return Job(
+        images=FeatureTable(store, model).images(),
+        output=Address.parse(output),
+        model=model,
+        flatbuffer=lambda: b"",
+        spark=place.spark,
+        s3=place.s3,
+        observer=observer,
+        force=force,
+    )
