@@ -88,7 +88,7 @@ def test_without_java_the_user_is_told_what_was_found_and_what_to_install(
         find_java_home()
     words = str(told.value)
     assert f"found {machine}/gone (no Java), {machine}/old (Java 8)." in words
-    assert "sudo apt install default-jre-headless" in words
+    assert "sudo apt install openjdk-17-jre-headless" in words
     assert "brew install openjdk@17" in words
     assert "set JAVA_HOME" in words
 
