@@ -108,7 +108,7 @@ def moments_of(features: DataFrame, d: int, slots: int) -> Moments:
     Parameters
     ----------
     features
-        Has a column `features`, array<float> of length d, without nulls.
+        Has a column `features` without nulls: the bytes of d float32, or array<float>.
     d
         Number of features.
     slots
@@ -145,8 +145,17 @@ def _merged(d: int) -> Any:
 
 
 def feature_matrix(column: Any, d: int) -> npt.NDArray[np.float32]:
-    """View an Arrow column of lists of d floats as a matrix, shape (n, d), without a copy."""
-    matrix: npt.NDArray[np.float32] = column.flatten().to_numpy().reshape(-1, d)
+    """View an Arrow column of vectors as a matrix, shape (n, d), without a copy.
+
+    A vector is the bytes of d float32 (as the feature table has it) or a list of d floats.
+    """
+    if pa.types.is_binary(column.type):
+        _, offsets, values = column.buffers()
+        first = np.frombuffer(offsets, np.int32)[column.offset] if len(column) else 0
+        flat = np.frombuffer(values or b"", "<f4", len(column) * d, first)
+    else:
+        flat = column.flatten().to_numpy()
+    matrix: npt.NDArray[np.float32] = flat.reshape(-1, d)
     return matrix
 
 

@@ -2,8 +2,9 @@
 
 `pca_over_mllib`: seconds of `pyspark.ml.feature.PCA(k=50).fit` divided by the seconds of
 `moments_of` and `PCA.fit(components=50)`, on 40,000 rows of 1,280 random features in Parquet on
-S3 (see random_features.py). Both read the table from S3, uncached, as is usual after a feature
-job; MLlib's has the array turned into a vector by Spark's own `array_to_vector`. They take turns
+S3 (see random_features.py). Both read the same rows from S3, uncached, as is usual after a feature
+job: this project's as it keeps them, packed; MLlib's as an array, the form that is usual there,
+turned into a vector by Spark's own `array_to_vector`. They take turns
 in one application, three times, and the medians are compared: the first turn's start of Python
 workers and compilation counts for neither. Both have Java's usual settings, with its optimising
 compiler (see USUAL_JAVA in _common.py).
@@ -42,12 +43,13 @@ def measure(setup: Setup) -> list[Result]:
     ):
         BucketStore(Address(BUCKET, ""), cluster.s3).create_bucket()
         uri = f"s3a://{BUCKET}/random.parquet"
-        write_random_features(spark, uri, setup.rows)
+        write_random_features(spark, f"{uri}/packed", setup.rows, packed=True)
+        write_random_features(spark, f"{uri}/lists", setup.rows, packed=False)
         ours, theirs = [], []
         for _ in range(TURNS):
-            seconds, ratios = _timed(_fit, spark, uri)
+            seconds, ratios = _timed(_fit, spark, f"{uri}/packed")
             ours.append(seconds)
-            seconds, their_ratios = _timed(_fit_by_mllib, spark, uri)
+            seconds, their_ratios = _timed(_fit_by_mllib, spark, f"{uri}/lists")
             theirs.append(seconds)
     apart = float(np.abs(ratios - their_ratios).max())
     fit, mllib = statistics.median(ours), statistics.median(theirs)

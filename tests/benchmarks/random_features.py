@@ -11,9 +11,16 @@ DIMENSIONS = 1280
 
 
 def write_random_features(
-    spark: SparkSession, uri: str, rows: int, *, rank: int = 100, files: int = 8, seed: int = 360
+    spark: SparkSession,
+    uri: str,
+    rows: int,
+    *,
+    packed: bool,
+    rank: int = 100,
+    files: int = 8,
+    seed: int = 360,
 ) -> None:
-    """Write a Parquet table with a column `features`, array<float> of length 1,280.
+    """Write a Parquet table with a column `features`: 1,280 float32, as bytes or as a list.
 
     Each row is a point of a `rank`-dimensional space whose axes get slowly shorter, plus noise in
     all dimensions, plus a mean that is not zero. The same arguments give the same rows.
@@ -29,11 +36,13 @@ def write_random_features(
             random = np.random.default_rng([seed, first])
             points = random.normal(size=(n, rank)) @ (lengths * axes[:rank]) + axes[rank]
             noisy = (points + 0.5 * random.normal(size=points.shape)).astype(np.float32)
-            values = pa.array(noisy.ravel())
-            lists = pa.ListArray.from_arrays(
-                np.arange(0, n + 1, dtype=np.int32) * DIMENSIONS, values
-            )
-            yield pa.RecordBatch.from_arrays([lists], ["features"])
+            if packed:
+                column = pa.array([row.tobytes() for row in noisy], pa.binary())
+            else:
+                ends = np.arange(0, n + 1, dtype=np.int32) * DIMENSIONS
+                column = pa.ListArray.from_arrays(ends, pa.array(noisy.ravel()))
+            yield pa.RecordBatch.from_arrays([column], ["features"])
 
     numbers = spark.range(0, rows, numPartitions=files)
-    numbers.mapInArrow(generate, "features array<float>").write.parquet(uri)
+    schema = "features binary" if packed else "features array<float>"
+    numbers.mapInArrow(generate, schema).write.parquet(uri)

@@ -17,6 +17,7 @@ from pipeline.features import (
     READ,
     FeatureTable,
     Pass,
+    as_lists,
     compute_features,
     models_in,
     nothing_to_compute,
@@ -47,7 +48,7 @@ class Place:
 
     def rows(self, done: Pass) -> dict[str, np.ndarray]:
         rows = self.table.rows(self.spark, done.index).toArrow().to_pylist()
-        return {row["path"]: np.array(row["features"], np.float32) for row in rows}
+        return {row["path"]: np.frombuffer(row["features"], np.float32) for row in rows}
 
 
 @pytest.fixture
@@ -98,6 +99,16 @@ def test_features_are_those_of_the_network_called_by_hand(place: Place) -> None:
         np.testing.assert_array_equal(rows[key], expected)
 
 
+def test_features_become_lists_for_spark_ml(place: Place) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(3)})
+    done = place.run()
+    rows = as_lists(place.table.rows(place.spark, done.index)).collect()
+    expected = place.rows(done)
+    assert {row["path"] for row in rows} == expected.keys()
+    for row in rows:
+        np.testing.assert_array_equal(np.array(row["features"], np.float32), expected[row["path"]])
+
+
 def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken_next_time(
     place: Place,
 ) -> None:
@@ -139,7 +150,7 @@ def test_a_rerun_computes_only_new_and_changed_images_and_drops_those_that_are_g
     grown_rows = FeatureTable(place.output, place.model).rows(place.spark, second.index)
     grown = {row["path"]: row["features"] for row in grown_rows.toArrow().to_pylist()}
     for path, features in place.rows(fresh).items():
-        np.testing.assert_array_equal(np.array(grown.pop(path), np.float32), features)
+        np.testing.assert_array_equal(np.frombuffer(grown.pop(path), np.float32), features)
     assert not grown
 
 

@@ -38,7 +38,6 @@ from pipeline.features import (
     _PassOverImages,
     _read_ahead,
     _Unreadable,
-    _vectors_without,
     models_in,
     nothing_to_compute,
 )
@@ -191,7 +190,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> _PassOverImages:
     done, quarantined = (Accumulator(n, 0, AddingAccumulatorParam(0)) for n in (71, 72))
     reader = ImageReader(address_of(folder), S3Settings())
     broadcast: Any = None
-    return _PassOverImages(broadcast, 32, 3, reader, "batch-1", done, quarantined)
+    return _PassOverImages(broadcast, 32, reader, "batch-1", done, quarantined)
 
 
 def rows_by_path(run: _PassOverImages, listing: pa.Table) -> dict[str, dict[str, Any]]:
@@ -209,7 +208,7 @@ def test_every_image_has_a_row_with_features_or_a_reason(
     assert rows.keys() == good_images().keys() | bad_images().keys()
     for name in good_images():
         assert (rows[name]["stage"], rows[name]["reason"]) == (None, None), name
-        assert len(rows[name]["features"]) == 3
+        assert len(rows[name]["features"]) == 3 * 4
     for name, (_, word) in bad_images().items():
         assert (rows[name]["stage"], rows[name]["features"]) == (DECODE, None)
         assert word in rows[name]["reason"]
@@ -245,18 +244,8 @@ def test_each_row_gets_the_features_of_its_own_image(run: _PassOverImages, folde
         write(folder / f"own/{number}.png", grey)
     rows = rows_by_path(run, listing_of(folder))
     for number in range(1, 40, 3):
-        assert rows[f"own/{number}.png"]["features"] == [number] * 3
+        assert rows[f"own/{number}.png"]["features"] == np.full(3, number, "<f4").tobytes()
     assert rows["own/0.png"]["features"] is None
-
-
-@settings(deadline=None)
-@given(st.lists(st.booleans(), max_size=12))
-def test_a_quarantined_row_has_no_vector_and_the_others_keep_theirs(good: list[bool]) -> None:
-    vectors = np.arange(len(good) * 4, dtype=np.float32).reshape(-1, 4)
-    column = _vectors_without(vectors, [None if one else DECODE for one in good])
-    column.validate(full=True)
-    expected = [row.tolist() if one else None for row, one in zip(vectors, good, strict=True)]
-    assert column.to_pylist() == expected
 
 
 # --- new and known images --------------------------------------------------------------------

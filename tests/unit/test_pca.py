@@ -125,7 +125,12 @@ def batch_of(rows: np.ndarray) -> pa.RecordBatch:
 
 
 def test_a_slice_of_an_arrow_column_is_seen_as_its_own_rows() -> None:
-    column = batch_of(TALL).column("features").slice(7, 11)
+    lists = batch_of(TALL).column("features")
+    packed = pa.array([row.astype("<f4").tobytes() for row in TALL], pa.binary())
+    as_bytes = feature_matrix(packed.slice(7, 11), D)
+    np.testing.assert_array_equal(as_bytes, TALL[7:18].astype(np.float32))
+    assert feature_matrix(packed.slice(0, 0), D).shape == (0, D)
+    column = lists.slice(7, 11)
     matrix = feature_matrix(column, D)
     np.testing.assert_array_equal(matrix, TALL[7:18].astype(np.float32))
 
