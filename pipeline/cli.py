@@ -202,6 +202,9 @@ def _pca_options(components: int | None, variance: float, standardize: bool) -> 
     return PCAOptions(components, None if components else variance, standardize)
 
 
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+
+
 def main() -> None:
     """Run the command; exit with 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -209,8 +212,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted. What was committed is kept: run again to continue.", 130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            _fail("interrupted. What was committed is kept: run again to continue.", INTERRUPTED)
+        raise
     except FruitsError as error:
         if debug:
             raise

@@ -8,7 +8,9 @@ reads here.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,10 +70,36 @@ def make_session(
     builder = SparkSession.builder.appName(name).master(master)
     for key, value in (settings or {}).items():
         builder = builder.config(key, value)
-    with _standard_error_to(log):
+    with _standard_error_to(log), _interruptions_held_back():
         session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     return session
+
+
+@contextmanager
+def _interruptions_held_back() -> Iterator[None]:
+    """Let Ctrl-C and its like wait for the few seconds in which the driver's JVM starts.
+
+    PySpark forgets a JVM whose start is interrupted, and that JVM then waits for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def hold_back(number: int, _frame: object) -> None:
+        came.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, hold_back) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is hold_back:  # Spark has put its own in place of SIGINT's
+                signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextmanager
