@@ -23,6 +23,11 @@ from tests.s3.test_loopback_safety import eventually, processes_of
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "FRUITS_WEIGHTS": "", "FRUITS_IMAGES": ""}
 
 
+def heed_interrupts() -> None:
+    """Undo what nohup and background shells do: a child ignores the signals its parent ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def nearest_neighbour_accuracy(rows: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of rows whose nearest other row has the same label."""
     squares = (rows**2).sum(axis=1)
@@ -91,6 +96,7 @@ def test_kept_up_it_shows_its_pages_and_ends_without_a_trace(
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=heed_interrupts,
     ) as demo:
         assert demo.stdout is not None
         pages = {}
@@ -121,6 +127,7 @@ def test_interrupted_in_the_middle_it_stops_at_once_and_leaves_nothing(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     ) as demo:
         began = time.monotonic()
         while not _has_started_spark(demo):

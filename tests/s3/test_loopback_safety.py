@@ -99,8 +99,10 @@ def test_the_pages_take_no_orders(cluster: Loopback) -> None:
 
 
 STARTER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from pipeline.laptop import loopback_cluster
 with loopback_cluster(Path(sys.argv[1])) as cluster:
     print(cluster.conf.parent, flush=True)
@@ -119,7 +121,10 @@ def test_however_the_starter_ends_no_process_is_left_and_the_next_start_clears_u
         folder = Path(starter.stdout.readline().strip())
         assert len(processes_of(folder)) >= 8  # 4 servers, each under its guard
         starter.send_signal(end)
-        starter.wait(30)
+        try:
+            starter.wait(30)
+        finally:
+            starter.kill()
     assert eventually(lambda: not processes_of(folder)), processes_of(folder)
 
     with loopback_cluster(tmp_path, with_s3=False) as second:
