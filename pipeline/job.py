@@ -204,7 +204,7 @@ class Job:
             write_matrix(self.spark(), features, pca, self.store)
             for name, content in self._small_files(pca, state, bad).items():
                 self.store.write(f"{NEXT}/{name}", content)
-        run = self._describe(done, ignored, pca, rows_read)
+        run = self._describe(done, ignored, good, pca, state, rows_read)
         with self._timed("report"):
             report = self._report(run, pca, good, bad)
             self.store.write(f"{NEXT}/report.html", report.encode())
@@ -270,12 +270,13 @@ class Job:
         run = {**run, "timings": timings, "finished": datetime.now(UTC).isoformat()}
         return render_report(run, scores, pca.variance_ratio, bad, thumbnails)
 
-    def _describe(self, done: Pass, ignored: int, pca: PCA, rows_read: int) -> Run:
+    def _describe(
+        self, done: Pass, ignored: int, good: pa.Table, pca: PCA, state: State, rows_read: int
+    ) -> Run:
         spark = self.spark()
-        rows = done.index.filter(pc.is_null(done.index["stage"]))
-        labels = Counter(label or "" for label in rows["label"].to_pylist())
+        labels = Counter(label or "" for label in good["label"].to_pylist())
         seconds = self.timings.get("features", 0.0)
-        fit = "full" if rows_read == rows.num_rows else "grown" if rows_read else "unchanged"
+        fit = "full" if rows_read == good.num_rows else "grown" if rows_read else "unchanged"
         return {
             "run_id": self._run_id(),
             "started": self.started.isoformat(),
@@ -289,10 +290,10 @@ class Job:
                 "variance": pca.share,
                 "requested": self.pca.to_json(),
                 "standardize": self.pca.standardize,
-                "rows": rows.num_rows,
+                "rows": good.num_rows,
                 "fit": fit,
                 "rows_read": rows_read,
-                "digest": _digest_of(_digests(done.index)),
+                "digest": _digest_of(state.covers),
             },
             "images_per_second": done.computed / seconds if done.computed else None,
             "versions": _versions(spark),
