@@ -203,11 +203,12 @@ def _s3_command(home: Path, s3: S3Settings) -> list[str]:
 def _s3_environment() -> dict[str, str]:
     """Return keys with which SeaweedFS's inner HTTP services answer to its own S3 only.
 
-    And two volumes for each new bucket instead of seven, so that many buckets fit on a small disk.
+    And two volumes for each new bucket instead of seven, so that many buckets fit on a small disk;
+    and one thread of Go at a time: on two cores, more of them wait for work at Spark's expense.
     """
     names = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     keys = {f"WEED_JWT_{name}_KEY": secrets.token_urlsafe(30) for name in names}
-    return {**keys, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "2"}
+    return {**keys, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "2", "GOMAXPROCS": "1"}
 
 
 def _s3_answers(s3: S3Settings) -> bool:

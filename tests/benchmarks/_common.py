@@ -54,7 +54,7 @@ class Setup:
     source: Path
     weights: Path
     images: int | None = None
-    notebook_images: int = 2000
+    notebook_images: int = 4000
     rows: int = 40_000
 
 
@@ -120,14 +120,14 @@ def images_on_s3(setup: Setup, archive: str, count: int | None) -> Iterator[Plac
         loopback_cluster(CLUSTERS) as cluster,
     ):
         found = (file for file in folder.rglob("*") if is_image(str(file)))
-        files = _spread(sorted(found, key=str), count)  # in the order of their keys on S3
+        files = spread(sorted(found, key=str), count)  # in the order of their keys on S3
         BucketStore(Address(BUCKET, ""), cluster.s3).create_bucket()
         place = Place(cluster, model, setup.weights, files)
         place.upload({str(file.relative_to(folder)): file for file in files})
         yield place
 
 
-def _spread(files: list[Path], count: int | None) -> list[Path]:
+def spread(files: list[Path], count: int | None) -> list[Path]:
     """Choose `count` files, evenly spaced, or all."""
     if count is None or count >= len(files):
         return files

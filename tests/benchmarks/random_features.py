@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from pipeline.features import CODEC
+
 DIMENSIONS = 1280
 
 
@@ -45,4 +47,5 @@ def write_random_features(
 
     numbers = spark.range(0, rows, numPartitions=files)
     schema = "features binary" if packed else "features array<float>"
-    numbers.mapInArrow(generate, schema).write.parquet(uri)
+    codec = CODEC if packed else "zstd"  # as the feature table has it; Spark's settings otherwise
+    numbers.mapInArrow(generate, schema).write.option("compression", codec).parquet(uri)

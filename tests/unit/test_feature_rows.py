@@ -25,7 +25,7 @@ from pipeline.errors import StateError
 from pipeline.features import (
     ARROW_ROWS,
     DECODE,
-    GETS_AHEAD,
+    GETS_AT_ONCE,
     KEY,
     READ,
     ROWS,
@@ -85,17 +85,17 @@ def most_ahead(lengths: list[int]) -> tuple[int, int]:
     return most["images"], most["bytes"]
 
 
-def test_a_few_more_images_than_a_get_takes_are_read_ahead() -> None:
-    images, _ = most_ahead([1000] * 100)
-    assert GETS_AHEAD <= images <= GETS_AHEAD + 1
+def test_a_burst_is_read_while_the_network_takes_the_one_before() -> None:
+    images, _ = most_ahead([1000] * 200)
+    assert GETS_AT_ONCE < images <= 2 * GETS_AT_ONCE
 
 
 def test_large_images_are_read_ahead_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "BYTES_AHEAD", 48)
+    monkeypatch.setattr(features, "BYTES_AT_ONCE", 24)
     images, length = most_ahead([10] * 50)
-    assert length <= 48
+    assert length <= 48, "a burst and the one before it"
     assert images == 4
-    assert most_ahead([100] * 5) == (1, 100), "one larger than all that is allowed is read alone"
+    assert most_ahead([100] * 5) == (2, 200), "one larger than all that is allowed is a burst"
 
 
 def test_a_read_that_fails_ends_the_pass_with_its_error() -> None:
