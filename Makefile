@@ -1,6 +1,6 @@
 # The two commands of a newcomer are `make demo` and `make test`; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo rehearse rehearse-down test lint bench lock clean
 
 IMAGES ?= $(FRUITS_IMAGES)
 WEIGHTS ?= $(FRUITS_WEIGHTS)
@@ -8,7 +8,7 @@ OUTPUT ?= demo-output
 export UV_SYSTEM_CERTS ?= 1
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: ## everything the other commands need, into .venv (they call it themselves)
 	@.ci/setup
@@ -17,14 +17,22 @@ demo: setup ## the whole job on this machine: [IMAGES=dir] [WEIGHTS=file] [OUTPU
 	@.venv/bin/fruits demo $(if $(IMAGES),--images "$(IMAGES)") \
 		$(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(OUTPUT)"
 
+rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [IMAGES=dir] [WEIGHTS=file]
+	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) \
+		$(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+rehearse-down: setup ## the end of the rehearsal: nothing of it is left
+	@.venv/bin/python -m tests.hosts.rehearsal down
+
 test: setup lint ## every test: [TESTS="tests/unit -k pca"]
 	@.venv/bin/python -m pytest $(TESTS)
 
-lint: setup ## ruff, mypy, shellcheck, yamllint
+lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/shellcheck .ci/setup .ci/run
 	@git ls-files '*.yml' '*.yaml' | xargs -r .venv/bin/yamllint --strict
+	@PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/ansible-lint --quiet ansible inventory
 
 bench: setup ## the benchmarks: a table, and bench-results.json
 	@.venv/bin/python -m tests.benchmarks

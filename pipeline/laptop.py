@@ -13,13 +13,10 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import seaweed
 from pipeline.errors import ClusterError
 from pipeline.jars import fetch, spark_home
 from pipeline.java import find_java_home
@@ -71,18 +69,20 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
         folder = stack.enter_context(_private_folder(base))
         stack.enter_context(_environment(_spark_environment(folder)))
         servers = stack.enter_context(_Servers(folder))
-        s3 = _new_s3() if with_s3 else S3Settings()
+        s3 = seaweed.new_settings(HOST) if with_s3 else S3Settings()
         master = _new_master()
         _write_settings(folder / "conf", s3, master)
         servers.start("master", _master_command(master))
         if with_s3:
-            servers.start("s3", _s3_command(folder / "s3", s3), _s3_environment())
+            identities = {"fruits": (s3, seaweed.EVERYTHING)}
+            command = seaweed.command(folder / "s3", s3, identities)
+            servers.start("s3", command, seaweed.environment())
         servers.wait("master", lambda: _json(f"{master.page}/json/") is not None)
         for number in range(1, WORKERS + 1):
             work = folder / f"worker-{number}"
             servers.start(work.name, _worker_command(master, work))
         if with_s3:
-            servers.wait("s3", lambda: _s3_answers(s3))
+            servers.wait("s3", lambda: seaweed.answers(s3))
         servers.wait("worker-1", lambda: len(_workers(master)) == WORKERS)
         workers = {f"worker {n}": w["webuiaddress"] for n, w in enumerate(_workers(master), 1)}
         yield Loopback(master.url, {"master": master.page, **workers}, folder / "conf", s3)
@@ -156,72 +156,6 @@ class _Servers:
         return self.folder / f"{name}.log"
 
 
-def _new_s3() -> S3Settings:
-    return S3Settings(
-        endpoint=f"http://{HOST}:{_free_ports(1)[0]}",
-        region="eu-west-3",
-        access_key=secrets.token_hex(10).upper(),
-        secret_key=secrets.token_urlsafe(30),
-    )
-
-
-def _s3_command(home: Path, s3: S3Settings) -> list[str]:
-    (home / "data").mkdir(parents=True)
-    identity = {
-        "name": "fruits",
-        "credentials": [{"accessKey": s3.access_key, "secretKey": s3.secret_key}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    _write_private(home / "identities.json", json.dumps({"identities": [identity]}))
-    names = ("master.port", "volume.port", "filer.port")
-    inner = [*names, *(f"{name}.grpc" for name in names), "s3.port.grpc"]
-    options: dict[str, object] = {
-        "dir": home / "data",
-        "ip": HOST,
-        "ip.bind": HOST,
-        "master.telemetry": "false",
-        "master.volumeSizeLimitMB": 128,  # a disk holds a limited number of volumes
-        "volume.max": 0,
-        "volume.preStopSeconds": 0,
-        "filer": "true",
-        "filer.exposeDirectoryData": "false",
-        "filer.localSocket": "filer.sock",  # relative: a socket's path has 108 characters at most
-        "s3": "true",
-        "s3.port": str(s3.endpoint).rpartition(":")[2],
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-        "s3.config": home / "identities.json",
-        "s3.iam": "false",
-        "s3.localSocket": "s3.sock",
-        **dict(zip(inner, _free_ports(len(inner)), strict=True)),
-    }
-    weed = Path(sysconfig.get_path("scripts")) / "weed"
-    arguments = [f"-{name}={value}" for name, value in options.items()]
-    return [str(weed), "-logtostderr=true", "server", *arguments]
-
-
-def _s3_environment() -> dict[str, str]:
-    """Return keys with which SeaweedFS's inner HTTP services answer to its own S3 only.
-
-    And two volumes for each new bucket instead of seven, so that many buckets fit on a small disk;
-    and one thread of Go at a time: on two cores, more of them wait for work at Spark's expense.
-    """
-    names = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
-    keys = {f"WEED_JWT_{name}_KEY": secrets.token_urlsafe(30) for name in names}
-    return {**keys, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "2", "GOMAXPROCS": "1"}
-
-
-def _s3_answers(s3: S3Settings) -> bool:
-    """Tell whether S3 answers; a request without credentials is refused with 403."""
-    try:
-        with urllib.request.urlopen(f"{s3.endpoint}/", timeout=2):  # noqa: S310
-            return False
-    except urllib.error.HTTPError as error:
-        return error.code == 403
-    except OSError:
-        return False
-
-
 @dataclass(frozen=True)
 class _Master:
     port: int
@@ -237,7 +171,7 @@ class _Master:
 
 
 def _new_master() -> _Master:
-    return _Master(*_free_ports(2))
+    return _Master(*seaweed.free_ports(HOST, 2))
 
 
 def _master_command(master: _Master) -> list[str]:
@@ -292,7 +226,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         }
     lines = [f"{name} {value}" for name, value in here.items()]
     settings = COMMON_SETTINGS.read_text() + "\n# This cluster\n" + "\n".join(lines) + "\n"
-    _write_private(conf / "spark-defaults.conf", settings)
+    seaweed.write_private(conf / "spark-defaults.conf", settings)
     (conf / "log4j2.properties").write_text(_LOGGING)
 
 
@@ -322,25 +256,12 @@ def _spark_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind((HOST, 0))
-        return [one.getsockname()[1] for one in found]
-
-
 def _json(url: str) -> Any:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310
             return json.load(answer)
     except (OSError, ValueError):
         return None
-
-
-def _write_private(file: Path, text: str) -> None:
-    file.touch(mode=0o600, exist_ok=False)
-    file.write_text(text)
 
 
 @contextmanager

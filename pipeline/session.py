@@ -27,8 +27,11 @@ def read_settings() -> dict[str, str]:
     """Return the settings of SPARK_CONF_DIR's spark-defaults.conf, empty if there is none."""
     folder = os.environ.get("SPARK_CONF_DIR")
     file = Path(folder, "spark-defaults.conf") if folder else None
-    if file is None or not file.exists():
-        return {}
+    return {} if file is None or not file.exists() else read_settings_of(file)
+
+
+def read_settings_of(file: Path) -> dict[str, str]:
+    """Return the settings of a spark-defaults.conf."""
     lines = (line.strip() for line in file.read_text().splitlines())
     pairs = (line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
     return {pair[0]: pair[1] if len(pair) == 2 else "" for pair in pairs}

@@ -1,0 +1,168 @@
+"""The one door to a cluster: JupyterLab over TLS, and every Spark page behind its login.
+
+Spark's pages answer only to requests that carry a token made of the cluster's page key. JupyterLab
+has the key, so jupyter-server-proxy passes on the requests of whoever is logged in. The playbooks
+write a configuration that calls `configure`, and call the commands at the end on the master.
+
+    python -m pipeline.door password FILE          keep the hash of the password on standard input
+    python -m pipeline.door event-logs SETTINGS    make the folder of Spark's event logs
+    python -m pipeline.door worker SETTINGS MASTER_PAGE ADDRESS   is this worker registered?
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import sys
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.session import read_settings_of
+from pipeline.storage import Address, S3Settings, open_store
+
+PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
+TITLES = {"spark": "Spark cluster", "spark-history": "Spark history"}
+
+
+def page_token(key: str) -> str:
+    """Return the token that Spark's JWSFilter wants (RFC 7515, HS384).
+
+    Parameters
+    ----------
+    key
+        The base64url form of at least 48 bytes.
+    """
+    head, claims = (_base64url(json.dumps(part).encode()) for part in ({"alg": "HS384"}, _CLAIMS))
+    secret = base64.urlsafe_b64decode(key + "=" * (-len(key) % 4))
+    signature = hmac.new(secret, f"{head}.{claims}".encode(), hashlib.sha384).digest()
+    return f"{head}.{claims}.{_base64url(signature)}"
+
+
+_CLAIMS = {"sub": "door"}
+
+
+def _base64url(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
+
+
+def configure(
+    c: Any,
+    *,
+    port: int,
+    certificate: str,
+    key: str,
+    password: str,
+    settings: str,
+    pages: Mapping[str, int],
+    notebooks: str,
+) -> None:
+    """Fill in JupyterLab's configuration object.
+
+    Parameters
+    ----------
+    certificate, key, password
+        Files: the two of TLS, and the hash that `password` keeps.
+    settings
+        The cluster's spark-defaults.conf.
+    pages
+        Ports of Spark's pages on loopback, by the path that they get.
+    """
+    c.ServerApp.ip = "0.0.0.0"  # noqa: S104  the firewall says who reaches it
+    c.ServerApp.port = port
+    c.ServerApp.port_retries = 0
+    c.ServerApp.open_browser = False
+    c.ServerApp.certfile = certificate
+    c.ServerApp.keyfile = key
+    c.ServerApp.root_dir = notebooks
+    c.ServerApp.allow_remote_access = True
+    c.ServerApp.quit_button = False
+    c.IdentityProvider.token = ""
+    c.PasswordIdentityProvider.hashed_password = Path(password).read_text().strip()
+    c.PasswordIdentityProvider.password_required = True
+    c.IdentityProvider.cookie_options = {"SameSite": "Strict"}
+    token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
+    c.ServerProxy.servers = {name: _page(name, port, token) for name, port in pages.items()}
+
+
+def _page(name: str, port: int, token: str) -> dict[str, Any]:
+    return {
+        "port": port,
+        "absolute_url": False,
+        "request_headers_override": {"Authorization": f"Bearer {token}"},
+        "rewrite_response": _keep_inside(f"/{name}"),
+        # JupyterLab shows icons for this category only.
+        "launcher_entry": {"title": TITLES.get(name, name), "category": "Notebook"},
+        "new_browser_tab": True,
+    }
+
+
+def _keep_inside(prefix: str) -> Callable[[Any], None]:
+    """Turn a redirect to Spark's own address into one below the door."""
+
+    def rewrite(response: Any) -> None:
+        if "Location" not in response.headers:
+            return
+        to = urlsplit(response.headers["Location"])
+        path = to.path.removeprefix(prefix) or "/"
+        response.headers["Location"] = f"{path}?{to.query}" if to.query else path
+
+    return rewrite
+
+
+def keep_password(file: Path, password: str) -> bool:
+    """Write the hash of a password to a file that lacks it; tell whether it was written."""
+    from jupyter_server.auth.security import passwd, passwd_check
+
+    if file.exists() and passwd_check(file.read_text().strip(), password):  # type: ignore[no-untyped-call]
+        return False
+    file.touch(mode=0o600)
+    file.write_text(f"{passwd(password)}\n")  # type: ignore[no-untyped-call]
+    return True
+
+
+def make_event_log_folder(settings: Mapping[str, str]) -> bool:
+    """Make the folder in which Spark wants to write; tell whether it was missing."""
+    folder = open_store(
+        Address.parse(settings["spark.eventLog.dir"]), S3Settings.from_spark(settings)
+    )
+    if folder.read(".keep") is not None:
+        return False
+    folder.write(".keep", b"")
+    return True
+
+
+def registered_workers(page: str, key: str) -> list[dict[str, Any]]:
+    """Return what the master's page says of the workers that are alive."""
+    request = urllib.request.Request(  # noqa: S310
+        f"{page}/json/", headers={"Authorization": f"Bearer {page_token(key)}"}
+    )
+    with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        workers: list[dict[str, Any]] = json.load(answer)["workers"]
+    return [worker for worker in workers if worker["state"] == "ALIVE"]
+
+
+def main(arguments: list[str]) -> None:
+    """Run one of the commands that the playbooks call."""
+    match arguments:
+        case ["password", file]:
+            changed = keep_password(Path(file), sys.stdin.read().strip())
+            sys.stdout.write("kept\n" if changed else "unchanged\n")
+        case ["event-logs", settings]:
+            made = make_event_log_folder(read_settings_of(Path(settings)))
+            sys.stdout.write("made\n" if made else "unchanged\n")
+        case ["worker", settings, page, address]:
+            key = read_settings_of(Path(settings))[PAGE_KEY]
+            hosts = {worker["host"] for worker in registered_workers(page, key)}
+            if address not in hosts:
+                sys.exit(f"expected a worker at {address}, found {', '.join(hosts) or 'none'}")
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,233 @@
+"""`make rehearse`: the real playbooks on throw-away hosts of this machine.
+
+    python -m tests.hosts.rehearsal up [--workers 2] [--images PATH] [--weights FILE]
+    python -m tests.hosts.rehearsal down
+
+Hosts and an S3 stand-in stay up until `down`; what a crash left behind is removed by either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import yaml
+
+from pipeline import seaweed
+from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
+from pipeline.upload import upload
+from tests.hosts.commands import HostsError, say
+from tests.hosts.machines import Machines
+
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = Path(".fruits/rehearsal")
+BUCKET = "fruits"
+MEMORY_MB, SLOTS = 2048, 1  # of a rehearsal worker: its host shares this machine's two cores
+
+
+class Rehearsal:
+    """Hosts, an S3 stand-in that they reach, and an inventory of both for the playbooks."""
+
+    def __init__(self, folder: Path = FOLDER, machines: Machines | None = None) -> None:
+        self.folder = folder.absolute()
+        self.machines = machines or Machines(self.folder / "hosts")
+
+    def __enter__(self) -> Rehearsal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    @property
+    def s3(self) -> S3Settings:
+        """The stand-in, with keys that may do everything."""
+        return S3Settings(**json.loads((self.folder / "s3.json").read_text()))
+
+    @property
+    def inventory(self) -> Path:
+        """The inventory for `ansible-playbook -i`."""
+        return self.folder / "inventory.yml"
+
+    @property
+    def secrets(self) -> Path:
+        """Where the playbooks keep what they make: the password, for one."""
+        return self.folder / "secrets"
+
+    def up(self, workers: int = 2) -> None:
+        """Boot the hosts and start the stand-in."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        names = ["master", *(f"worker{number}" for number in range(1, workers + 1))]
+        self.machines.up(*names)
+        if not self._s3_runs():
+            self._start_s3()
+        self.machines.open_port(int(str(self.s3.endpoint).rpartition(":")[2]))
+        self._write_inventory(names)
+
+    def down(self) -> None:
+        """End all of it and remove what it wrote; base images stay."""
+        self._stop_s3()
+        self.machines.down()
+        subprocess.run(["rm", "-rf", "--one-file-system", str(self.folder)], check=True)
+
+    def play(
+        self, playbook: str, *arguments: str, check: bool = True, quiet: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a playbook of this project on the hosts."""
+        command = [
+            str(Path(sys.executable).with_name("ansible-playbook")),
+            *("-i", str(self.inventory), f"ansible/{playbook}", *arguments),
+        ]
+        run = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=quiet, check=False)
+        if check and run.returncode != 0:
+            raise HostsError(f"{playbook} failed; see above. {(run.stdout or '')[-3000:]}")
+        return run
+
+    def _start_s3(self) -> None:
+        home = self.folder / f"s3-{int(time.time())}"
+        s3 = seaweed.new_settings(self.machines.gateway)
+        history = seaweed.new_keys(str(s3.endpoint))
+        identities = {
+            "fruits": (s3, seaweed.EVERYTHING),
+            "history": (history, seaweed.READ_ONLY),
+        }
+        command = seaweed.command(home, s3, identities)
+        with (self.folder / "s3.log").open("ab") as log:
+            server = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | seaweed.environment(),
+                cwd=home,
+                start_new_session=True,
+            )
+        for name, content in (("s3", s3), ("history", history)):
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+            seaweed.write_private(self.folder / f"{name}.json", json.dumps(asdict(content)))
+        (self.folder / "s3.pid").write_text(str(server.pid))
+        deadline = time.monotonic() + 60
+        while not seaweed.answers(s3):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise HostsError(f"the S3 stand-in did not start: see {self.folder}/s3.log")
+            time.sleep(0.2)
+        BucketStore(Address(BUCKET, ""), s3).create_bucket()
+
+    def _s3_process(self) -> psutil.Process | None:
+        """Return the stand-in's process, if it is the one that was started here."""
+        try:
+            process = psutil.Process(int((self.folder / "s3.pid").read_text()))
+            ours = str(self.folder) in " ".join(process.cmdline())
+        except (OSError, ValueError, psutil.Error):
+            return None
+        return process if ours else None
+
+    def _s3_runs(self) -> bool:
+        return self._s3_process() is not None
+
+    def _stop_s3(self) -> None:
+        process = self._s3_process()
+        if process is not None:
+            process.send_signal(signal.SIGKILL)  # what it holds is thrown away with it
+            process.wait(10)
+
+    def _write_inventory(self, names: Sequence[str]) -> None:
+        hosts = self.machines.hosts
+        history = S3Settings(**json.loads((self.folder / "history.json").read_text()))
+        entries = {f"{name}-1" if name == "master" else name: hosts[name] for name in names}
+        some = hosts[names[0]]
+        inventory = {
+            "all": {
+                "vars": {
+                    "ansible_user": some.user,
+                    "ansible_ssh_private_key_file": str(some.key),
+                    "ansible_ssh_common_args": f"-F {some.ssh_config}",
+                    "cluster_name": "rehearsal",
+                    "cluster_bucket": BUCKET,
+                    "cluster_secrets": str(self.secrets),
+                    "cluster_s3_endpoint": self.s3.endpoint,
+                    "cluster_s3_access_key": self.s3.access_key,
+                    "cluster_s3_secret_key": self.s3.secret_key,
+                    "cluster_s3_history_access_key": history.access_key,
+                    "cluster_s3_history_secret_key": history.secret_key,
+                    "cluster_worker_cores": SLOTS,
+                    "cluster_worker_memory_mb": MEMORY_MB,
+                    "cluster_driver_memory_mb": 1024,
+                },
+                "children": {
+                    group: {
+                        "hosts": {
+                            name: {"ansible_host": host.address}
+                            for name, host in entries.items()
+                            if (host.name == "master") == (group == "master")
+                        }
+                    }
+                    for group in ("master", "workers")
+                },
+            }
+        }
+        self.inventory.unlink(missing_ok=True)
+        seaweed.write_private(self.inventory, yaml.safe_dump(inventory, sort_keys=False))
+
+
+def main() -> int:
+    """Run `up` or `down`."""
+    parser = argparse.ArgumentParser("python -m tests.hosts.rehearsal", description=__doc__)
+    parser.add_argument("verb", choices=["up", "down"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--images", type=Path, help="a folder of images to put on S3")
+    parser.add_argument("--weights", type=Path, help="a Keras file of MobileNetV2, put on S3")
+    options = parser.parse_args()
+    rehearsal = Rehearsal()
+    try:
+        if options.verb == "down":
+            rehearsal.down()
+            say("the rehearsal's hosts, S3 and network are gone; the base image stays for the next")
+            return 0
+        rehearsal.up(options.workers)
+        _put_on_s3(rehearsal, options.images, options.weights)
+        rehearsal.play("configure.yml")
+        rehearsal.play("check.yml")
+    except HostsError as error:
+        say(str(error))
+        return 1
+    _say_next_steps(rehearsal)
+    return 0
+
+
+def _put_on_s3(rehearsal: Rehearsal, images: Path | None, weights: Path | None) -> None:
+    if images:
+        say(f"putting {images} on the S3 stand-in")
+        upload(
+            FolderStore(Address.parse(str(images))),
+            open_store(Address(BUCKET, "images"), rehearsal.s3),
+        )
+    if weights:
+        BucketStore(Address(BUCKET, "weights"), rehearsal.s3).upload(weights.name, weights)
+
+
+def _say_next_steps(rehearsal: Rehearsal) -> None:
+    master = rehearsal.machines.hosts["master"]
+    door = f"https://{master.address}:8443"
+    print(
+        f"""
+The cluster is up. From this machine:
+  JupyterLab    {door}   (it signed its own certificate: accept it)
+  its password  {rehearsal.secrets}/password
+  a shell       ssh -F {master.ssh_config} master
+  a job         sudo -u analyst fruits run s3a://{BUCKET}/images s3a://{BUCKET}/result   (there)
+  playbooks     .venv/bin/ansible-playbook -i {rehearsal.inventory} ansible/check.yml
+  the end       make rehearse-down"""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
