@@ -32,7 +32,7 @@ lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@.venv/bin/mypy
 	@.venv/bin/shellcheck .ci/setup .ci/run
 	@git ls-files '*.yml' '*.yaml' | xargs -r .venv/bin/yamllint --strict
-	@PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/ansible-lint --quiet ansible inventory
+	@PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/ansible-lint -q ansible inventory
 
 bench: setup ## the benchmarks: a table, and bench-results.json
 	@.venv/bin/python -m tests.benchmarks

@@ -39,7 +39,9 @@ class Rehearsal:
 
     def __init__(self, folder: Path = FOLDER, machines: Machines | None = None) -> None:
         self.folder = folder.absolute()
-        self.machines = machines or Machines(self.folder / "hosts")
+        self.machines = machines or Machines(
+            self.folder / "hosts", tag="rehearse", subnet="10.78.0.0/24"
+        )
 
     def __enter__(self) -> Rehearsal:
         return self
