@@ -1,0 +1,511 @@
+"""The playbooks, run on real hosts over SSH, and the cluster that they make.
+
+One set of hosts for all tests of this file, which follow each other as an admin's day does.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from pipeline.laptop import Loopback
+from pipeline.storage import Address, BucketStore, open_store
+from pipeline.upload import upload
+from tests.conftest import Fruits
+from tests.hosts.machines import Machines, unfit
+from tests.hosts.rehearsal import BUCKET, Rehearsal
+
+pytestmark = [
+    pytest.mark.skipif(unfit() is not None, reason=f"needs hosts of its own: {unfit()}"),
+    pytest.mark.timeout(2400),
+]
+
+DOOR = 8443
+SERVICES = {
+    "master": ["spark-master", "spark-history", "jupyterlab"],
+    "worker1": ["spark-worker"],
+    "worker2": ["spark-worker"],
+}
+
+
+@pytest.fixture(scope="module")
+def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
+    """A master and two workers, fresh from the image, and an S3 server that they reach."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    machines = Machines(folder / "hosts", tag="fruitstest", subnet="10.79.0.0/24")
+    with Rehearsal(folder, machines) as rehearsal:
+        rehearsal.up(workers=2)
+        yield rehearsal
+    assert machines.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def converged(cluster_hosts: Rehearsal) -> Rehearsal:
+    """The same hosts after configure.yml."""
+    cluster_hosts.play("configure.yml")
+    return cluster_hosts
+
+
+@pytest.fixture(scope="module")
+def photos(converged: Rehearsal, fruit_pictures: Path) -> Address:
+    """48 rendered pictures of 12 varieties on the hosts' S3."""
+    images = Address(BUCKET, "images")
+    source = open_store(Address.parse(str(fruit_pictures)), converged.s3)
+    upload(source, open_store(images, converged.s3))
+    return images
+
+
+def recap(output: str) -> dict[str, dict[str, int]]:
+    """Read Ansible's closing table: counts by host."""
+    lines = re.findall(r"^(\S+)\s+: (ok=.*)$", output, re.MULTILINE)
+    return {
+        host: {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", counts)}
+        for host, counts in lines
+    }
+
+
+def changed(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    return {host: counts["changed"] for host, counts in recap(run.stdout).items()}
+
+
+def on(rehearsal: Rehearsal, host: str, command: str, check: bool = True) -> str:
+    """Run a command as root on a host and return what it prints."""
+    run = rehearsal.machines.run(host, f"sudo sh -c {shlex.quote(command)}", check=check)
+    return run.stdout
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if is_so():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+# --- an inventory is refused before any host is touched ---------------------------------------
+
+
+def inventory_with(rehearsal: Rehearsal, folder: Path, **changes: object) -> Path:
+    content = yaml.safe_load(rehearsal.inventory.read_text())
+    content["all"]["vars"] |= changes.pop("variables", {})
+    content["all"]["children"] |= changes
+    file = folder / "inventory.yml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"master": {"hosts": {}}}, "Expected exactly one host in the group `master`, found none"),
+        ({"workers": {"hosts": {}}}, "Expected at least one host in the group `workers`"),
+        ({"variables": {"cluster_bukket": "x"}}, "found cluster_bukket"),
+        ({"variables": {"cluster_bucket": "No_Bucket"}}, "Expected the name of a bucket"),
+        ({"variables": {"cluster_rpc_secret": "short"}}, "Expected `cluster_rpc_secret` of 32"),
+        ({"variables": {"cluster_door_port": 7077}}, "Expected ports from 1 to 65535, each used"),
+        ({"variables": {"cluster_door_sources": ["everyone"]}}, "Expected networks such as"),
+        ({"variables": {"cluster_s3_secret_key": ""}}, "with `cluster_s3_endpoint`"),
+        ({"variables": {"cluster_tls_key": "key.pem"}}, "together, found one of them"),
+    ],
+)
+def test_a_bad_inventory_is_refused_before_any_host_is_touched(
+    cluster_hosts: Rehearsal, tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    file = inventory_with(cluster_hosts, tmp_path, **changes)
+    run = cluster_hosts.play("configure.yml", "-i", str(file), check=False, quiet=True)
+    assert run.returncode != 0
+    assert says in re.sub(r"\s+", " ", run.stdout + run.stderr)
+    assert "Look at the host" not in run.stdout
+
+
+def test_a_host_that_is_too_small_is_refused_with_the_smallest_that_fits(
+    cluster_hosts: Rehearsal,
+) -> None:
+    much = ["-e", "cluster_smallest_memory_mb=1000000"]
+    run = cluster_hosts.play("configure.yml", *much, check=False, quiet=True)
+    assert run.returncode != 0
+    assert "t3.medium" in run.stdout + run.stderr
+    assert not any(changed(run).values())
+
+
+# --- check, converge, and again ---------------------------------------------------------------
+
+
+def test_a_check_of_fresh_hosts_changes_nothing(cluster_hosts: Rehearsal) -> None:
+    cluster_hosts.play("configure.yml", "--check")
+    for host in SERVICES:
+        there = on(cluster_hosts, host, "ls -d /opt/fruits /etc/fruits /usr/lib/jvm", check=False)
+        assert there == ""
+
+
+def test_a_second_run_changes_nothing(converged: Rehearsal) -> None:
+    run = converged.play("configure.yml", quiet=True)
+    assert set(changed(run).values()) == {0}, run.stdout[-3000:]
+
+
+def test_a_check_of_a_configured_cluster_finds_nothing_to_change(converged: Rehearsal) -> None:
+    run = converged.play("configure.yml", "--check", quiet=True)
+    assert set(changed(run).values()) == {0}, run.stdout[-3000:]
+
+
+def test_the_cluster_is_healthy(converged: Rehearsal) -> None:
+    run = converged.play("check.yml", quiet=True)
+    for name in ("worker1", "worker2"):
+        assert f"{converged.machines.hosts[name].address}" in run.stdout
+    assert "read it back: well" in run.stdout
+
+
+def test_an_unhealthy_cluster_is_told_with_what_to_look_at(converged: Rehearsal) -> None:
+    on(converged, "worker2", "systemctl stop spark-worker")
+    run = converged.play("check.yml", check=False, quiet=True)
+    on(converged, "worker2", "systemctl start spark-worker")
+    assert run.returncode != 0
+    assert "Expected spark-worker to run on worker2" in re.sub(r"\s+", " ", run.stdout)
+    assert eventually(lambda: len(workers_alive(converged)) == 2)
+
+
+def test_workers_carry_neither_tensorflow_nor_jupyterlab(converged: Rehearsal) -> None:
+    for worker in ("worker1", "worker2"):
+        packages = on(converged, worker, "ls /opt/fruits/current/venv/lib/python3*/site-packages")
+        assert "pyspark" in packages
+        assert not {"tensorflow", "jupyterlab", "boto3"} & set(packages.split())
+
+
+# --- the job ----------------------------------------------------------------------------------
+
+
+def start_job(rehearsal: Rehearsal, output: str) -> subprocess.Popen[str]:
+    """Start a job as the analyst on the master; its output is read when it ends."""
+    master = rehearsal.machines.hosts["master"]
+    command = (
+        f"sudo -u analyst sh -c 'cd /var/lib/fruits/analyst; HOME=$PWD fruits run "
+        f"s3a://{BUCKET}/images s3a://{BUCKET}/{output} "
+        "--backbone efficientnet_lite0 --components 8'"
+    )
+    return subprocess.Popen(
+        ["ssh", "-F", str(master.ssh_config), "master", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    told, _ = job.communicate(timeout=600)
+    assert job.returncode == 0, told[-3000:]
+    return told
+
+
+def matrix(rehearsal: Rehearsal, output: str) -> tuple[list[str], np.ndarray]:
+    content = open_store(Address(BUCKET, output), rehearsal.s3).read("matrix.csv")
+    assert content, f"no matrix in {output}"
+    rows = sorted(csv.DictReader(io.StringIO(content.decode())), key=lambda row: row["path"])
+    scores = [[float(row[f"pc_{number}"]) for number in range(1, 9)] for row in rows]
+    return [row["path"] for row in rows], np.array(scores)
+
+
+def assert_same_matrix(
+    rehearsal: Rehearsal, output: str, expected: tuple[list[str], np.ndarray]
+) -> None:
+    paths, scores = matrix(rehearsal, output)
+    assert paths == expected[0]
+    np.testing.assert_allclose(scores, expected[1], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(converged: Rehearsal, photos: Address) -> tuple[list[str], np.ndarray]:
+    """The matrix of a job that nothing disturbed."""
+    finish(start_job(converged, "undisturbed"))
+    return matrix(converged, "undisturbed")
+
+
+def event_log(rehearsal: Rehearsal, application: str) -> str:
+    """Return the events of an application that has ended, as they lie on S3."""
+    store = BucketStore(Address(BUCKET, "spark-events"), rehearsal.s3)
+    keys = [entry.key for entry in store.list() if application in entry.key]
+    parts = (pa.py_buffer(store.read(key) or b"") for key in sorted(keys) if "/events_" in key)
+    return "".join(pa.CompressedInputStream(part, "zstd").read().decode() for part in parts)
+
+
+def test_the_job_gives_what_it_gives_on_loopback(
+    converged: Rehearsal,
+    undisturbed: tuple[list[str], np.ndarray],
+    fruits: Fruits,
+    fruit_pictures: Path,
+    cluster: Loopback,
+    tmp_path: Path,
+) -> None:
+    done = fruits(
+        *("run", fruit_pictures, tmp_path / "out", "--components", "8"),
+        *("--backbone", "efficientnet_lite0"),
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "matrix.csv").open() as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
+    here = np.array([[float(row[f"pc_{number}"]) for number in range(1, 9)] for row in rows])
+    assert [row["path"] for row in rows] == undisturbed[0]
+    np.testing.assert_allclose(here, undisturbed[1], atol=1e-4)
+
+
+def test_both_workers_take_part(converged: Rehearsal, undisturbed: object) -> None:
+    run = json.loads(
+        open_store(Address(BUCKET, "undisturbed"), converged.s3).read("run.json") or b""
+    )
+    events = event_log(converged, run["cluster"]["application"])
+    added = [
+        json.loads(line) for line in events.splitlines() if "SparkListenerExecutorAdded" in line
+    ]
+    hosts = {event["Executor Info"]["Host"] for event in added}
+    assert hosts == {converged.machines.hosts[name].address for name in ("worker1", "worker2")}
+
+
+# --- from outside -----------------------------------------------------------------------------
+
+
+SCAN = """
+import asyncio, sys
+async def is_open(address, port, gate):
+    async with gate:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 1.0)
+        except (OSError, asyncio.TimeoutError):
+            return None
+        writer.close()
+        return port
+async def scan(address):
+    gate = asyncio.Semaphore(3000)
+    ports = await asyncio.gather(*(is_open(address, port, gate) for port in range(1, 65536)))
+    print(*[port for port in ports if port])
+asyncio.run(scan(sys.argv[1]))
+"""
+
+
+def outside(rehearsal: Rehearsal, *command: str, check: bool = True) -> str:
+    rehearsal.machines.outsider()
+    return rehearsal.machines.run_outside(*command, check=check).stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "ports"), [("master", {22, DOOR}), ("worker1", {22})], ids=["master", "worker"]
+)
+def test_from_outside_only_ssh_and_the_door_answer(
+    converged: Rehearsal, host: str, ports: set[int]
+) -> None:
+    address = converged.machines.hosts[host].address
+    found = outside(converged, sys.executable, "-c", SCAN, address)
+    assert {int(port) for port in found.split()} == ports
+
+
+def ask(
+    rehearsal: Rehearsal, path: str, scheme: str = "https", method: str = "GET"
+) -> tuple[int, str]:
+    """Ask the door from outside, without a login and without following redirects."""
+    address = rehearsal.machines.hosts["master"].address
+    script = """
+import ssl, sys, http.client
+scheme, address, port, method, path = sys.argv[1:]
+context = ssl._create_unverified_context()
+kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+options = {"context": context} if scheme == "https" else {}
+connection = kind(address, int(port), timeout=10, **options)
+try:
+    connection.request(method, path)
+    answer = connection.getresponse()
+    print(answer.status, answer.getheader("Location", ""), answer.read().decode(errors="replace"))
+except (OSError, http.client.HTTPException) as error:
+    print(0, type(error).__name__)
+"""
+    told = outside(
+        rehearsal, sys.executable, "-c", script, scheme, address, str(DOOR), method, path
+    )
+    status, _, rest = told.partition(" ")
+    return int(status), rest
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/lab", "/spark/", "/spark/json/", "/spark-history/", "/proxy/8080/", "/api/contents"],
+)
+def test_without_a_login_the_door_shows_nothing(converged: Rehearsal, path: str) -> None:
+    status, told = ask(converged, path)
+    assert status in (302, 403)
+    assert "Spark" not in told
+    assert "worker" not in told.lower()
+
+
+def test_a_worker_cannot_be_ended_without_a_login(converged: Rehearsal) -> None:
+    status, _ = ask(converged, "/spark/workers/kill/?host=worker1", method="POST")
+    assert status == 403
+    assert len(workers_alive(converged)) == 2
+
+
+def test_plain_http_shows_nothing(converged: Rehearsal) -> None:
+    status, told = ask(converged, "/", scheme="http")
+    assert status == 0, told
+
+
+def workers_alive(rehearsal: Rehearsal) -> list[str]:
+    """Return the addresses of the workers that the master knows to be alive."""
+    script = (
+        "from pathlib import Path; from pipeline.door import *; "
+        "key = read_settings_of(Path('/etc/fruits/spark/spark-defaults.conf'))[PAGE_KEY]; "
+        "print(*[w['host'] for w in registered_workers('http://127.0.0.1:8080', key)])"
+    )
+    command = f"/opt/fruits/current/venv/bin/python -c {shlex.quote(script)}"
+    return on(rehearsal, "master", command, check=False).split()
+
+
+def test_the_masters_page_wants_the_doors_key_even_on_the_master(converged: Rehearsal) -> None:
+    script = "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/json/')"
+    run = converged.machines.run("master", f"python3 -c {shlex.quote(script)}", check=False)
+    assert "403" in run.stderr
+
+
+# --- secrets ----------------------------------------------------------------------------------
+
+
+def secrets_of(rehearsal: Rehearsal) -> dict[str, str]:
+    kept = {file.name: file.read_text().strip() for file in rehearsal.secrets.iterdir()}
+    return {**kept, "s3": str(rehearsal.s3.secret_key)}
+
+
+def test_no_secret_is_in_a_journal_a_process_list_or_a_file_for_everyone(
+    converged: Rehearsal, undisturbed: object
+) -> None:
+    pattern = "|".join(map(re.escape, secrets_of(converged).values()))
+    quoted = shlex.quote(pattern)
+    for host in SERVICES:
+        assert (
+            on(converged, host, f"journalctl --no-pager | grep -cE {quoted}", check=False).strip()
+            == "0"
+        )
+        listed = on(converged, host, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+        assert not re.search(pattern, listed.replace(pattern, "").replace(quoted, ""))
+        places = "/etc /opt/fruits/releases/*/complete /var /run /tmp /home /root"
+        readable = on(
+            converged,
+            host,
+            f"find {places} -xdev -type f -perm -004 -size -20M -print0 "
+            f"| xargs -0 grep -lE {quoted} --",
+            check=False,
+        )
+        assert readable == ""
+
+
+def test_ansible_tells_no_secret_however_much_it_is_asked_to_tell(converged: Rehearsal) -> None:
+    run = converged.play("configure.yml", "-vvv", quiet=True)
+    for name, secret in secrets_of(converged).items():
+        assert secret not in run.stdout + run.stderr, name
+
+
+@pytest.mark.parametrize("host", sorted(SERVICES))
+def test_services_are_confined(converged: Rehearsal, host: str) -> None:
+    for service in [*SERVICES[host], "fruits-firewall"]:
+        told = on(converged, host, f"systemd-analyze security --no-pager {service} | tail -1")
+        exposure = re.search(r"([0-9.]+) \w+", told)
+        assert exposure, told
+        assert float(exposure[1]) <= 3.0, f"{service}: {told}"
+
+
+def test_an_application_without_the_secret_is_refused(converged: Rehearsal) -> None:
+    script = (
+        "set -e; cd /tmp; mkdir -p stranger; "
+        "sed 's/^spark.authenticate.secret .*/spark.authenticate.secret wrongwrongwrongwrong/' "
+        "/etc/fruits/spark/spark-defaults.conf > stranger/spark-defaults.conf; "
+        ". /etc/profile.d/fruits.sh; SPARK_CONF_DIR=/tmp/stranger "
+        "timeout 90 /opt/fruits/current/venv/bin/python -m pipeline.health 2>&1; "
+        "status=$?; rm -r /tmp/stranger; exit $status"
+    )
+    run = converged.machines.run("master", f"sudo sh -c {shlex.quote(script)}", check=False)
+    assert run.returncode != 0
+    assert "read it back: well" not in run.stdout
+
+
+# --- faults while a job runs ------------------------------------------------------------------
+
+
+def disturbed(rehearsal: Rehearsal, output: str, fault: Callable[[], object]) -> None:
+    """Start a job, wait until both executors run Python, let the fault happen, see it through."""
+    job = start_job(rehearsal, output)
+    busy = "pgrep -u spark -f pyspark.daemon"
+    assert eventually(
+        lambda: all(on(rehearsal, f"worker{n}", busy, check=False) for n in (1, 2)), 180
+    ), job.communicate(timeout=60)
+    fault()
+    finish(job)
+
+
+@pytest.mark.parametrize(
+    "what", ["CoarseGrainedExecutorBackend", "pyspark.daemon", "deploy.worker.Worker"]
+)
+def test_a_job_survives_the_sudden_end_of(
+    converged: Rehearsal, undisturbed: tuple[list[str], np.ndarray], what: str
+) -> None:
+    output = f"after-{what.rpartition('.')[2]}"
+    disturbed(converged, output, lambda: on(converged, "worker1", f"pkill -9 -u spark -f {what}"))
+    assert_same_matrix(converged, output, undisturbed)
+    assert eventually(lambda: len(workers_alive(converged)) == 2)
+
+
+def test_a_job_survives_the_end_of_the_master(
+    converged: Rehearsal, undisturbed: tuple[list[str], np.ndarray]
+) -> None:
+    disturbed(
+        converged,
+        "after-master",
+        lambda: on(converged, "master", "pkill -9 -u spark -f deploy.master.Master"),
+    )
+    assert_same_matrix(converged, "after-master", undisturbed)
+    assert eventually(lambda: len(workers_alive(converged)) == 2)
+
+
+def test_a_job_survives_a_power_cut_of_a_worker(
+    converged: Rehearsal, undisturbed: tuple[list[str], np.ndarray]
+) -> None:
+    disturbed(converged, "after-power-cut", lambda: converged.machines.kill("worker2"))
+    assert_same_matrix(converged, "after-power-cut", undisturbed)
+    converged.machines.start("worker2")
+    assert eventually(lambda: len(workers_alive(converged)) == 2), "it comes back by itself"
+
+
+def test_all_is_back_after_every_host_was_rebooted(converged: Rehearsal) -> None:
+    for host in SERVICES:
+        converged.machines.stop(host)
+    for host in SERVICES:
+        converged.machines.start(host)
+    assert eventually(lambda: len(workers_alive(converged)) == 2, 120)
+    converged.play("check.yml")
+
+
+# --- the end ----------------------------------------------------------------------------------
+
+
+def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
+    converged.play("scale.yml", "-e", "leave=worker2")
+    assert eventually(lambda: len(workers_alive(converged)) == 1)
+
+
+def test_reset_wants_the_clusters_name_and_leaves_plain_hosts(converged: Rehearsal) -> None:
+    run = converged.play("reset.yml", check=False, quiet=True)
+    assert run.returncode != 0
+    assert "-e reset=rehearsal" in re.sub(r"\s+", " ", run.stdout + run.stderr)
+    converged.play("reset.yml", "-e", "reset=rehearsal")
+    for host in SERVICES:
+        left = on(converged, host, "ls -d /opt/fruits /etc/fruits /var/lib/fruits", check=False)
+        assert left == ""
+        assert on(converged, host, "getent passwd spark analyst", check=False) == ""
