@@ -81,12 +81,17 @@ class Rehearsal:
         subprocess.run(["rm", "-rf", "--one-file-system", str(self.folder)], check=True)
 
     def play(
-        self, playbook: str, *arguments: str, check: bool = True, quiet: bool = False
+        self,
+        playbook: str,
+        *arguments: str,
+        inventory: Path | None = None,
+        check: bool = True,
+        quiet: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Run a playbook of this project on the hosts."""
         command = [
             str(Path(sys.executable).with_name("ansible-playbook")),
-            *("-i", str(self.inventory), f"ansible/{playbook}", *arguments),
+            *("-i", str(inventory or self.inventory), f"ansible/{playbook}", *arguments),
         ]
         run = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=quiet, check=False)
         if check and run.returncode != 0:

@@ -126,7 +126,7 @@ def test_a_bad_inventory_is_refused_before_any_host_is_touched(
     cluster_hosts: Rehearsal, tmp_path: Path, changes: dict[str, object], says: str
 ) -> None:
     file = inventory_with(cluster_hosts, tmp_path, **changes)
-    run = cluster_hosts.play("configure.yml", "-i", str(file), check=False, quiet=True)
+    run = cluster_hosts.play("configure.yml", inventory=file, check=False, quiet=True)
     assert run.returncode != 0
     assert says in re.sub(r"\s+", " ", run.stdout + run.stderr)
     assert "Look at the host" not in run.stdout
