@@ -282,7 +282,7 @@ import asyncio, sys
 async def is_open(address, port, gate):
     async with gate:
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 1.0)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 4.0)
         except (OSError, asyncio.TimeoutError):
             return None
         writer.close()
@@ -388,23 +388,27 @@ def test_no_secret_is_in_a_journal_a_process_list_or_a_file_for_everyone(
     converged: Rehearsal, undisturbed: object
 ) -> None:
     pattern = "|".join(map(re.escape, secrets_of(converged).values()))
-    quoted = shlex.quote(pattern)
+    # Not an argument of grep: sudo would write it into the journal that is searched.
+    search = (
+        "umask 077; cat >/root/pattern; "
+        "find /etc /opt/fruits/releases/*/complete /var /run /tmp /home /root "
+        "-xdev -type f -perm -004 -size -20M -print0 | xargs -0 grep -lEf /root/pattern --; "
+        "rm /root/pattern"
+    )
+    command = f"sudo sh -c {shlex.quote(search)}"
     for host in SERVICES:
-        assert (
-            on(converged, host, f"journalctl --no-pager | grep -cE {quoted}", check=False).strip()
-            == "0"
+        assert not re.search(pattern, on(converged, host, "journalctl --no-pager"))
+        assert not re.search(
+            pattern, on(converged, host, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
         )
-        listed = on(converged, host, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
-        assert not re.search(pattern, listed.replace(pattern, "").replace(quoted, ""))
-        places = "/etc /opt/fruits/releases/*/complete /var /run /tmp /home /root"
-        readable = on(
-            converged,
-            host,
-            f"find {places} -xdev -type f -perm -004 -size -20M -print0 "
-            f"| xargs -0 grep -lE {quoted} --",
+        readable = subprocess.run(
+            ["ssh", "-F", str(converged.machines.hosts[host].ssh_config), host, command],
+            input=pattern,
+            text=True,
+            capture_output=True,
             check=False,
         )
-        assert readable == ""
+        assert readable.stdout == ""
 
 
 def test_ansible_tells_no_secret_however_much_it_is_asked_to_tell(converged: Rehearsal) -> None:
