@@ -428,12 +428,11 @@ def test_services_are_confined(converged: Rehearsal, host: str) -> None:
 
 def test_an_application_without_the_secret_is_refused(converged: Rehearsal) -> None:
     script = (
-        "set -e; cd /tmp; mkdir -p stranger; "
+        "umask 077; mkdir /tmp/stranger; trap 'rm -r /tmp/stranger' EXIT; cd /tmp; "
         "sed 's/^spark.authenticate.secret .*/spark.authenticate.secret wrongwrongwrongwrong/' "
         "/etc/fruits/spark/spark-defaults.conf > stranger/spark-defaults.conf; "
         ". /etc/profile.d/fruits.sh; SPARK_CONF_DIR=/tmp/stranger "
-        "timeout 90 /opt/fruits/current/venv/bin/python -m pipeline.health 2>&1; "
-        "status=$?; rm -r /tmp/stranger; exit $status"
+        "timeout 90 /opt/fruits/current/venv/bin/python -m pipeline.health 2>&1"
     )
     run = converged.machines.run("master", f"sudo sh -c {shlex.quote(script)}", check=False)
     assert run.returncode != 0
