@@ -206,7 +206,7 @@ def main() -> int:
     except HostsError as error:
         say(str(error))
         return 1
-    _say_next_steps(rehearsal)
+    _say_next_steps(rehearsal, options.weights)
     return 0
 
 
@@ -221,7 +221,12 @@ def _put_on_s3(rehearsal: Rehearsal, images: Path | None, weights: Path | None) 
         BucketStore(Address(BUCKET, "weights"), rehearsal.s3).upload(weights.name, weights)
 
 
-def _say_next_steps(rehearsal: Rehearsal) -> None:
+def _say_next_steps(rehearsal: Rehearsal, weights: Path | None) -> None:
+    network = (
+        f"--weights s3a://{BUCKET}/weights/{weights.name}"
+        if weights
+        else "--backbone efficientnet_lite0"
+    )
     master = rehearsal.machines.hosts["master"]
     door = f"https://{master.address}:8443"
     print(
@@ -230,7 +235,7 @@ The cluster is up. From this machine:
   JupyterLab    {door}   (it signed its own certificate: accept it)
   its password  {rehearsal.secrets}/password
   a shell       ssh -F {master.ssh_config} master
-  a job         sudo -u analyst fruits run s3a://{BUCKET}/images s3a://{BUCKET}/result   (there)
+  a job, there  sudo -u analyst -i fruits run s3a://{BUCKET}/images s3a://{BUCKET}/result {network}
   playbooks     .venv/bin/ansible-playbook -i {rehearsal.inventory} ansible/check.yml
   the end       make rehearse-down"""
     )

@@ -1,4 +1,4 @@
-"""The door: tokens for Spark's pages, redirects that stay inside, a password that is kept hashed."""
+"""The door: tokens for Spark's pages, redirects that stay inside, a password kept hashed."""
 
 from __future__ import annotations
 
