@@ -21,10 +21,8 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.laptop import Loopback
 from pipeline.storage import Address, BucketStore, open_store
 from pipeline.upload import upload
-from tests.conftest import Fruits
 from tests.hosts.machines import Machines, unfit
 from tests.hosts.rehearsal import BUCKET, Rehearsal
 
@@ -242,26 +240,6 @@ def event_log(rehearsal: Rehearsal, application: str) -> str:
     return "".join(pa.CompressedInputStream(part, "zstd").read().decode() for part in parts)
 
 
-def test_the_job_gives_what_it_gives_on_loopback(
-    converged: Rehearsal,
-    undisturbed: tuple[list[str], np.ndarray],
-    fruits: Fruits,
-    fruit_pictures: Path,
-    cluster: Loopback,
-    tmp_path: Path,
-) -> None:
-    done = fruits(
-        *("run", fruit_pictures, tmp_path / "out", "--components", "8"),
-        *("--backbone", "efficientnet_lite0"),
-    )
-    assert done.returncode == 0, done.stderr
-    with (tmp_path / "out" / "matrix.csv").open() as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
-    here = np.array([[float(row[f"pc_{number}"]) for number in range(1, 9)] for row in rows])
-    assert [row["path"] for row in rows] == undisturbed[0]
-    np.testing.assert_allclose(here, undisturbed[1], atol=1e-4)
-
-
 def test_both_workers_take_part(converged: Rehearsal, undisturbed: object) -> None:
     run = json.loads(
         open_store(Address(BUCKET, "undisturbed"), converged.s3).read("run.json") or b""
@@ -477,15 +455,6 @@ def test_a_job_survives_the_end_of_the_master(
     assert eventually(lambda: len(workers_alive(converged)) == 2)
 
 
-def test_a_job_survives_a_power_cut_of_a_worker(
-    converged: Rehearsal, undisturbed: tuple[list[str], np.ndarray]
-) -> None:
-    disturbed(converged, "after-power-cut", lambda: converged.machines.kill("worker2"))
-    assert_same_matrix(converged, "after-power-cut", undisturbed)
-    converged.machines.start("worker2")
-    assert eventually(lambda: len(workers_alive(converged)) == 2), "it comes back by itself"
-
-
 def test_all_is_back_after_every_host_was_rebooted(converged: Rehearsal) -> None:
     for host in SERVICES:
         converged.machines.stop(host)
@@ -501,14 +470,3 @@ def test_all_is_back_after_every_host_was_rebooted(converged: Rehearsal) -> None
 def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
     converged.play("scale.yml", "-e", "leave=worker2")
     assert eventually(lambda: len(workers_alive(converged)) == 1)
-
-
-def test_reset_wants_the_clusters_name_and_leaves_plain_hosts(converged: Rehearsal) -> None:
-    run = converged.play("reset.yml", check=False, quiet=True)
-    assert run.returncode != 0
-    assert "-e reset=rehearsal" in re.sub(r"\s+", " ", run.stdout + run.stderr)
-    converged.play("reset.yml", "-e", "reset=rehearsal")
-    for host in SERVICES:
-        left = on(converged, host, "ls -d /opt/fruits /etc/fruits /var/lib/fruits", check=False)
-        assert left == ""
-        assert on(converged, host, "getent passwd spark analyst", check=False) == ""
