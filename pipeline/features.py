@@ -53,9 +53,8 @@ BYTES_AT_ONCE = 24_000_000  # keeps a Python worker small when the images are la
 IMAGES_PER_SLOT_AND_BATCH = 8192  # about a minute of work: what a killed driver loses at most
 TASKS_PER_SLOT_AND_BATCH = 4  # the bar moves as tasks end; each costs some 0.2 s to commit
 
-CODEC = (
-    "lz4_raw"  # floats hardly shrink: what is read again and again had better be quick to unpack
-)
+# Floats hardly shrink: what is read again and again had better be quick to unpack.
+CODEC = "lz4_raw"
 
 READ, DECODE = "read", "decode"  # the stages at which an image can end in quarantine
 

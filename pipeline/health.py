@@ -1,7 +1,7 @@
 """A small job in every task slot of the cluster, run by the playbook that checks it.
 
-Each task writes a few bytes to the bucket through S3A's own settings, reads them back and says
-where it ran. Prints JSON: `workers`, by address, and `table`, lines for people.
+The tasks say where they ran; then a small table goes to the bucket through S3A and is read back.
+Prints JSON: `workers`, by address, and `table`, lines for people.
 """
 
 from __future__ import annotations
