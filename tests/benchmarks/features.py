@@ -54,10 +54,10 @@ def network_alone(place: Place, spark: SparkSession, stack: ExitStack) -> Networ
 
 
 def features_per_second(
-    place: Place, spark: SparkSession, reader: ImageReader, output: str, count: int | None = None
+    place: Place, spark: SparkSession, reader: ImageReader, output: str
 ) -> float:
-    """Run the feature job into a new OUTPUT, on the first `count` images or on all."""
-    listing = list_images(open_store(place.images, place.cluster.s3)).images[:count]
+    """Run the feature job into a new OUTPUT."""
+    listing = list_images(open_store(place.images, place.cluster.s3)).images
     table = place.table(output)
     began = time.monotonic()
     done = compute_features(spark, table, listing, reader, place.flatbuffer())
