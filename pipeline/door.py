@@ -26,7 +26,13 @@ from pipeline.session import read_settings_of
 from pipeline.storage import Address, S3Settings, open_store
 
 PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
-TITLES = {"spark": "Spark cluster", "spark-history": "Spark history"}
+RUNNING = "running-application"  # the address that pipeline.running answers
+TITLES = {
+    "spark": "Spark master and workers",
+    RUNNING: "Running application",
+    "spark-history": "Spark history",
+}
+ICON = Path(__file__).with_name("templates") / "spark-page.svg"
 
 
 def page_token(key: str) -> str:
@@ -86,7 +92,13 @@ def configure(
     c.PasswordIdentityProvider.password_required = True
     c.IdentityProvider.cookie_options = {"SameSite": "Strict"}
     token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
-    c.ServerProxy.servers = {name: _page(name, port, token) for name, port in pages.items()}
+    c.ServerProxy.servers = {
+        **{name: _page(name, port, token) for name, port in pages.items()},
+        RUNNING: {"launcher_entry": _launcher_entry(RUNNING), "new_browser_tab": True},
+    }
+    c.ServerApp.jpserver_extensions = {"jupyter_server_proxy": True, "pipeline.running": True}
+    c.RunningApplication.page = f"http://127.0.0.1:{pages['spark']}"
+    c.RunningApplication.token = token
 
 
 def _page(name: str, port: int, token: str) -> dict[str, Any]:
@@ -95,9 +107,17 @@ def _page(name: str, port: int, token: str) -> dict[str, Any]:
         "absolute_url": False,
         "request_headers_override": {"Authorization": f"Bearer {token}"},
         "rewrite_response": _keep_inside(f"/{name}"),
-        # JupyterLab shows icons for this category only.
-        "launcher_entry": {"title": TITLES.get(name, name), "category": "Notebook"},
+        "launcher_entry": _launcher_entry(name),
         "new_browser_tab": True,
+    }
+
+
+def _launcher_entry(name: str) -> dict[str, str]:
+    return {
+        "title": TITLES[name],
+        "path_info": f"{name}/",
+        "icon_path": str(ICON),
+        "category": "Notebook",  # JupyterLab shows icons for this one only
     }
 
 
@@ -136,13 +156,31 @@ def make_event_log_folder(settings: Mapping[str, str]) -> bool:
     return True
 
 
-def registered_workers(page: str, key: str) -> list[dict[str, Any]]:
-    """Return what the master's page says of the workers that are alive."""
-    request = urllib.request.Request(  # noqa: S310
-        f"{page}/json/", headers={"Authorization": f"Bearer {page_token(key)}"}
-    )
+def master_state(page: str, token: str | None = None) -> dict[str, Any]:
+    """Return what the master's page says of workers and applications.
+
+    Parameters
+    ----------
+    page
+        The address of the master's page.
+    token
+        What `page_token` made of the page key; None where pages need none.
+
+    Raises
+    ------
+    OSError
+        When it does not answer.
+    """
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{page}/json/", headers=headers)  # noqa: S310
     with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
-        workers: list[dict[str, Any]] = json.load(answer)["workers"]
+        state: dict[str, Any] = json.load(answer)
+    return state
+
+
+def registered_workers(page: str, token: str | None = None) -> list[dict[str, Any]]:
+    """Return the workers that are alive, as `master_state` tells them."""
+    workers = master_state(page, token)["workers"]
     return [worker for worker in workers if worker["state"] == "ALIVE"]
 
 
@@ -156,8 +194,8 @@ def main(arguments: list[str]) -> None:
             made = make_event_log_folder(read_settings_of(Path(settings)))
             sys.stdout.write("made\n" if made else "unchanged\n")
         case ["worker", settings, page, address]:
-            key = read_settings_of(Path(settings))[PAGE_KEY]
-            hosts = {worker["host"] for worker in registered_workers(page, key)}
+            token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
+            hosts = {worker["host"] for worker in registered_workers(page, token)}
             if address not in hosts:
                 sys.exit(f"expected a worker at {address}, found {', '.join(hosts) or 'none'}")
         case _:

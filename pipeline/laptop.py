@@ -9,7 +9,6 @@ crash left behind goes when the next cluster starts.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import seaweed
+from pipeline.door import registered_workers
 from pipeline.errors import ClusterError
 from pipeline.jars import fetch, spark_home
 from pipeline.java import find_java_home
@@ -77,15 +76,16 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
             identities = {"fruits": (s3, seaweed.EVERYTHING)}
             command = seaweed.command(folder / "s3", s3, identities)
             servers.start("s3", command, seaweed.environment())
-        servers.wait("master", lambda: _json(f"{master.page}/json/") is not None)
+        servers.wait("master", lambda: _workers(master) is not None)
         for number in range(1, WORKERS + 1):
             work = folder / f"worker-{number}"
             servers.start(work.name, _worker_command(master, work))
         if with_s3:
             servers.wait("s3", lambda: seaweed.answers(s3))
-        servers.wait("worker-1", lambda: len(_workers(master)) == WORKERS)
-        workers = {f"worker {n}": w["webuiaddress"] for n, w in enumerate(_workers(master), 1)}
-        yield Loopback(master.url, {"master": master.page, **workers}, folder / "conf", s3)
+        servers.wait("worker-1", lambda: len(_workers(master) or []) == WORKERS)
+        workers = enumerate(registered_workers(master.page), 1)
+        pages = {f"worker {number}": worker["webuiaddress"] for number, worker in workers}
+        yield Loopback(master.url, {"master": master.page, **pages}, folder / "conf", s3)
 
 
 @contextmanager
@@ -190,9 +190,12 @@ def _spark_class(name: str) -> list[str]:
     return [str(spark_home() / "bin" / "spark-class"), f"org.apache.spark.deploy.{name}"]
 
 
-def _workers(master: _Master) -> list[Any]:
-    known = _json(f"{master.page}/json/") or {"workers": []}
-    return [worker for worker in known["workers"] if worker["state"] == "ALIVE"]
+def _workers(master: _Master) -> list[Any] | None:
+    """Return the workers that the master knows, None while it does not answer."""
+    try:
+        return registered_workers(master.page)
+    except (OSError, ValueError):
+        return None
 
 
 def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
@@ -227,21 +230,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
     lines = [f"{name} {value}" for name, value in here.items()]
     settings = COMMON_SETTINGS.read_text() + "\n# This cluster\n" + "\n".join(lines) + "\n"
     seaweed.write_private(conf / "spark-defaults.conf", settings)
-    (conf / "log4j2.properties").write_text(_LOGGING)
-
-
-# Servers log what they do; an application says only what went wrong.
-_LOGGING = """
-rootLogger.level = ${sys:fruits.log.level:-error}
-rootLogger.appenderRef.stderr.ref = stderr
-appender.stderr.type = Console
-appender.stderr.name = stderr
-appender.stderr.target = SYSTEM_ERR
-appender.stderr.layout.type = PatternLayout
-appender.stderr.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n%ex
-logger.shell.name = org.apache.spark.api.python.PythonGatewayServer
-logger.shell.level = error
-"""
+    shutil.copy(COMMON_SETTINGS.with_name("log4j2.properties"), conf)
 
 
 def _spark_environment(folder: Path) -> dict[str, str]:
@@ -254,14 +243,6 @@ def _spark_environment(folder: Path) -> dict[str, str]:
         "SPARK_DAEMON_JAVA_OPTS": f"{QUICK_START} -Dfruits.log.level=info",
         "JAVA_HOME": str(find_java_home()),
     }
-
-
-def _json(url: str) -> Any:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310
-            return json.load(answer)
-    except (OSError, ValueError):
-        return None
 
 
 @contextmanager

@@ -250,7 +250,7 @@ class BucketStore:
             aws_secret_access_key=self.s3.secret_key,
             config=Config(
                 connect_timeout=5,
-                read_timeout=60,
+                read_timeout=20,
                 retries={"total_max_attempts": 4, "mode": "standard"},
                 max_pool_connections=32,
                 s3={"addressing_style": "path" if self.s3.endpoint else "auto"},
@@ -425,7 +425,7 @@ def _s3_store(address: Address, s3: S3Settings) -> S3Store:
         client_options={
             "allow_http": (s3.endpoint or "").startswith("http://"),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=60),
+            "timeout": timedelta(seconds=30),
         },
         retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=90)},
     )

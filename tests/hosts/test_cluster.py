@@ -342,7 +342,7 @@ def workers_alive(rehearsal: Rehearsal) -> list[str]:
     script = (
         "from pathlib import Path; from pipeline.door import *; "
         "key = read_settings_of(Path('/etc/fruits/spark/spark-defaults.conf'))[PAGE_KEY]; "
-        "print(*[w['host'] for w in registered_workers('http://127.0.0.1:8080', key)])"
+        "print(*[w['host'] for w in registered_workers('http://127.0.0.1:8080', page_token(key))])"
     )
     command = f"/opt/fruits/current/venv/bin/python -c {shlex.quote(script)}"
     return on(rehearsal, "master", command, check=False).split()
