@@ -58,10 +58,15 @@ class Place:
         if self.session is None:
             if self.master is None and "spark.master" not in read_settings():
                 self._start_cluster(with_s3=False)
-            self.session = make_session("fruits", self.master, log=self.log)
+            self.session = make_session("fruits", self.master, log=self.log or self._new_log())
             self.stack.callback(self.session.stop)
             self.pages["application"] = self.session.sparkContext.uiWebUrl or "none"
         return self.session
+
+    def _new_log(self) -> Path:
+        """Return where the driver's JVM writes: an error reaches the user as one line of ours."""
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fruits-"))
+        return Path(folder) / "driver.log"
 
     def _start_cluster(self, *, with_s3: bool) -> None:
         cluster = self.stack.enter_context(loopback_cluster(CLUSTERS, with_s3=with_s3))

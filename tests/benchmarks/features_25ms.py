@@ -1,6 +1,6 @@
 """Does the feature job stay as fast when every GET takes 25 ms longer, as on real S3?
 
-As features.py, but the workers' image reader asks a proxy (see slow_s3.py) that adds 25 ms to the
+As features.py, but the workers' image reader asks a proxy (see s3_proxy.py) that adds 25 ms to the
 answer of every GET. Tables still go to S3 directly. As there, the figure is that of the second job
 in one application.
 What the proxy itself costs the shared cores is told beside it, and not taken off the figure.
@@ -15,7 +15,7 @@ from pipeline.storage import ImageReader
 from tests.benchmarks._common import MANY, Setup, application, images_on_s3
 from tests.benchmarks.features import GOAL, features_per_second, mean, network_alone
 from tests.benchmarks.results import Result
-from tests.benchmarks.slow_s3 import slow_s3
+from tests.s3_proxy import Behaviour, s3_proxy
 
 DELAY = 0.025
 
@@ -27,7 +27,7 @@ def measure(setup: Setup) -> list[Result]:
         spark = stack.enter_context(application(place.cluster))
         network = network_alone(place, spark, stack)
         s3 = place.cluster.s3
-        with slow_s3(str(s3.endpoint), DELAY) as proxy:
+        with s3_proxy(str(s3.endpoint), Behaviour(DELAY)) as proxy:
             reader = ImageReader(place.images, replace(s3, endpoint=proxy.endpoint))
             features_per_second(place, spark, reader, "cold")
             before = network.images_per_second()

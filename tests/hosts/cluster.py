@@ -1,0 +1,135 @@
+"""What the tests of the cluster share: how they look at hosts, start jobs and read results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.storage import Address, open_store
+from tests.hosts.rehearsal import BUCKET, Rehearsal
+
+SERVICES = {
+    "master": ["spark-master", "spark-history", "jupyterlab"],
+    "worker1": ["spark-worker"],
+    "worker2": ["spark-worker"],
+}
+COMPONENTS = 8
+
+
+def recap(output: str) -> dict[str, dict[str, int]]:
+    """Read Ansible's closing table: counts by host."""
+    lines = re.findall(r"^(\S+)\s+: (ok=.*)$", output, re.MULTILINE)
+    return {
+        host: {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", counts)}
+        for host, counts in lines
+    }
+
+
+def changed(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    return {host: counts["changed"] for host, counts in recap(run.stdout).items()}
+
+
+def on(rehearsal: Rehearsal, host: str, command: str, check: bool = True) -> str:
+    """Run a command as root on a host and return what it prints."""
+    run = rehearsal.machines.run(host, f"sudo sh -c {shlex.quote(command)}", check=check)
+    return run.stdout
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if is_so():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def workers_alive(rehearsal: Rehearsal) -> list[str]:
+    """Return the addresses of the workers that the master knows to be alive."""
+    script = (
+        "from pathlib import Path; from pipeline.door import *; "
+        "key = read_settings_of(Path('/etc/fruits/spark/spark-defaults.conf'))[PAGE_KEY]; "
+        "print(*[w['host'] for w in registered_workers('http://127.0.0.1:8080', page_token(key))])"
+    )
+    command = f"/opt/fruits/current/venv/bin/python -c {shlex.quote(script)}"
+    return on(rehearsal, "master", command, check=False).split()
+
+
+# --- jobs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """The images on the hosts' S3, and the options that name the network."""
+
+    rehearsal: Rehearsal
+    images: Address
+    network: tuple[str, ...]
+
+    def start(self, output: str, conf: str = "/etc/fruits/spark") -> subprocess.Popen[str]:
+        """Start the job as the analyst on the master; its output is read when it ends."""
+        options = shlex.join([*self.network, "--components", str(COMPONENTS)])
+        job = (
+            "cd /var/lib/fruits/analyst; . /etc/profile.d/fruits.sh; "
+            f"HOME=$PWD SPARK_CONF_DIR={conf} exec /opt/fruits/current/venv/bin/fruits run "
+            f"{self.images} s3a://{BUCKET}/{output} {options}"
+        )
+        ssh = ["ssh", "-F", str(self.rehearsal.machines.hosts["master"].ssh_config), "master"]
+        return subprocess.Popen(
+            [*ssh, f"sudo -u analyst sh -c {shlex.quote(job)}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, output: str, conf: str = "/etc/fruits/spark") -> str:
+        """Run the job to its end and return what it said."""
+        return finish(self.start(output, conf))
+
+    def report(self, output: str) -> dict:
+        """Return a run's run.json."""
+        return json.loads(self._read(output, "run.json"))
+
+    def matrix(self, output: str) -> Matrix:
+        """Return a run's matrix."""
+        return read_matrix(self._read(output, "matrix.csv").decode())
+
+    def _read(self, output: str, name: str) -> bytes:
+        content = open_store(Address(BUCKET, output), self.rehearsal.s3).read(name)
+        assert content, f"no {name} in {output}"
+        return content
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    told, _ = job.communicate(timeout=600)
+    assert job.returncode == 0, told[-3000:]
+    return told
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Paths, and the images' scores: (images, COMPONENTS)."""
+
+    paths: list[str]
+    scores: np.ndarray
+
+    def assert_equals(self, other: Matrix) -> None:
+        assert self.paths == other.paths
+        np.testing.assert_allclose(self.scores, other.scores, rtol=0, atol=1e-4)
+
+
+def read_matrix(content: str) -> Matrix:
+    rows = sorted(csv.DictReader(io.StringIO(content)), key=lambda row: row["path"])
+    names = [f"pc_{number}" for number in range(1, COMPONENTS + 1)]
+    scores = [[float(row[name]) for name in names] for row in rows]
+    return Matrix([row["path"] for row in rows], np.array(scores))

@@ -1,0 +1,180 @@
+"""A proxy before S3 that behaves as S3 does on a bad day, or as far away as S3 is.
+
+It forwards bytes as they are, Host header and signature included, on one connection to S3 for
+each of the client's, kept alive as long as the client keeps its own. It can hold the answer to
+every GET back for a while, answer a share of all requests with 503 SlowDown, and never answer
+another share. It runs in a process of its own and tells at the end what it did, and at which cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+REFUSAL = b"\r\n".join(
+    [
+        b"HTTP/1.1 503 Slow Down",
+        b"Content-Type: application/xml",
+        b"Content-Length: %d" % len(SLOW_DOWN),
+        b"Connection: close",
+        b"",
+        SLOW_DOWN,
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Seconds added to every GET, and the shares of requests refused and never answered."""
+
+    delay: float = 0.0
+    refused: float = 0.0
+    hung: float = 0.0
+
+
+@dataclass
+class Told:
+    """What a proxy did; known once it has stopped."""
+
+    endpoint: str
+    requests: int = 0
+    gets: int = 0
+    refused: int = 0
+    hung: int = 0
+    cpu_seconds: float = 0.0
+
+
+@contextmanager
+def s3_proxy(endpoint: str, behaviour: Behaviour, address: str = "127.0.0.1") -> Iterator[Told]:
+    """Run a proxy before `endpoint`, at a free port of `address`."""
+    s3 = urlsplit(endpoint)
+    shares = map(str, (behaviour.delay, behaviour.refused, behaviour.hung))
+    command = [sys.executable, "-m", __name__, address, str(s3.hostname), str(s3.port), *shares]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as proxy:
+        assert proxy.stdin and proxy.stdout
+        told = Told(f"http://{address}:{int(proxy.stdout.readline())}")
+        try:
+            yield told
+        finally:
+            proxy.stdin.close()
+            for name, value in json.loads(proxy.stdout.readline()).items():
+                setattr(told, name, value)
+
+
+class _FromClient(asyncio.Protocol):
+    """The client's side of a connection: requests go on to S3 at once."""
+
+    def __init__(self, host: str, port: int, behaviour: Behaviour, told: Told) -> None:
+        self.server = (host, port)
+        self.behaviour, self.told = behaviour, told
+        self.answers = _FromS3(behaviour.delay)
+        self.is_hung = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.answers.client = transport
+        transport.pause_reading()
+        self.connecting = asyncio.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_connection(lambda: self.answers, *self.server)
+            self.transport.resume_reading()
+        except OSError:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if data.startswith(METHODS) and not self.is_hung:
+            self.told.requests += 1
+            fate = random.random()
+            if fate < self.behaviour.refused:
+                self.told.refused += 1
+                self.transport.write(REFUSAL)
+                self.transport.close()
+                return
+            if fate < self.behaviour.refused + self.behaviour.hung:
+                self.told.hung += 1
+                self.is_hung = True
+            if data.startswith(b"GET "):
+                self.told.gets += 1
+                self.answers.delay_next = self.behaviour.delay > 0
+        if self.answers.transport and not self.is_hung:
+            self.answers.transport.write(data)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.connecting.cancel()
+        if self.answers.transport:
+            self.answers.transport.close()
+
+
+class _FromS3(asyncio.Protocol):
+    """S3's side of a connection: what comes while an answer is held back waits behind it."""
+
+    client: asyncio.Transport
+    transport: asyncio.Transport | None = None
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
+        self.loop = asyncio.get_running_loop()
+        self.delay_next = False
+        self.held: list[bytes] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.delay_next:
+            self.delay_next = False
+            self.held = [data]
+            self.loop.call_later(self.delay, self._release)
+        elif self.held is not None:
+            self.held.append(data)
+        else:
+            self.client.write(data)
+
+    def _release(self) -> None:
+        self.client.write(b"".join(self.held or []))
+        self.held = None
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.held is None:
+            self.client.close()
+        else:
+            self.loop.call_later(self.delay, self.client.close)
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> None:
+    random.seed(0)
+    told = Told("")
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _FromClient(host, port, behaviour, told), address, 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    before = _cpu_seconds()
+    await asyncio.to_thread(sys.stdin.read)  # until the starter closes it, or is gone
+    counts = {name: getattr(told, name) for name in ("requests", "gets", "refused", "hung")}
+    print(json.dumps({**counts, "cpu_seconds": _cpu_seconds() - before}))
+
+
+if __name__ == "__main__":
+    where, host, port, *shares = sys.argv[1:]
+    asyncio.run(_serve(where, host, int(port), Behaviour(*map(float, shares))))
