@@ -1,6 +1,10 @@
 """A small job in every task slot of the cluster, run by the playbook that checks it.
 
+    python -m pipeline.health MASTER_PAGE
+
 The tasks say where they ran; then a small table goes to the bucket through S3A and is read back.
+While another application has the slots, the job would only wait for it: then the master tells
+which workers it knows, and an object goes to the bucket and back.
 Prints JSON: `workers`, by address, and `table`, lines for people.
 """
 
@@ -12,14 +16,15 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pyspark.sql import SparkSession
 
+from pipeline.door import PAGE_KEY, master_state, page_token
 from pipeline.errors import ClusterError, FruitsError
 from pipeline.session import make_session, read_settings, task_slots
-from pipeline.storage import Address, S3Settings, open_store
+from pipeline.storage import Address, S3Settings, Store, open_store
 
 ALL_SLOTS = {
     "spark.scheduler.minRegisteredResourcesRatio": "1.0",
@@ -51,27 +56,63 @@ def check(spark: SparkSession, scratch: Address) -> dict[str, Any]:
     if read != 1000:
         raise ClusterError(f"expected 1000 rows back from {scratch}, found {read}. Look at S3.")
     seconds = time.monotonic() - began
-    table = [f"{host:16} {count} task slots" for host, count in sorted(hosts.items())]
-    table.append(f"wrote to {scratch} and read it back: well, in {seconds:.0f} s")
-    return {"workers": {host: {"slots": count} for host, count in hosts.items()}, "table": table}
+    return _told(hosts, [f"wrote to {scratch} and read it back: well, in {seconds:.0f} s"])
 
 
-def main() -> None:
+def check_busy(state: Mapping[str, Any], scratch: Store) -> dict[str, Any]:
+    """Return what the master knows of a cluster whose slots are taken; ask S3 without Spark.
+
+    Raises
+    ------
+    ClusterError
+        When what is read from S3 is not what was written.
+    """
+    alive = [worker for worker in state["workers"] if worker["state"] == "ALIVE"]
+    content = uuid.uuid4().bytes
+    scratch.write("object", content)
+    if scratch.read("object") != content:
+        raise ClusterError(f"expected {scratch.address}/object as written. Look at S3.")
+    names = ", ".join(application["name"] for application in state["activeapps"])
+    lines = [
+        f"busy with {names}: no job was run in the slots",
+        f"wrote to {scratch.address} and read it back: well",
+    ]
+    return _told({worker["host"]: worker["cores"] for worker in alive}, lines)
+
+
+def _told(slots: Mapping[str, int], lines: list[str]) -> dict[str, Any]:
+    table = [f"{host:16} {count} task slots" for host, count in sorted(slots.items())]
+    workers = {host: {"slots": count} for host, count in slots.items()}
+    return {"workers": workers, "table": [*table, *lines]}
+
+
+def main(master_page: str) -> None:
     """Check the cluster of SPARK_CONF_DIR and print what was seen."""
     settings = read_settings()
     bucket = Address.parse(settings["spark.eventLog.dir"]).bucket
     scratch = Address(bucket, f"health/{uuid.uuid4().hex}")
+    s3 = S3Settings.from_spark(settings)
     try:
-        spark = make_session("health", settings=ALL_SLOTS)
+        state = master_state(master_page, page_token(settings[PAGE_KEY]))
         try:
-            seen = check(spark, scratch)
+            if state["activeapps"]:
+                seen = check_busy(state, open_store(scratch, s3))
+            else:
+                seen = _check_by_a_job(scratch)
         finally:
-            spark.stop()
-            open_store(Address(bucket, ""), S3Settings.from_spark(settings)).delete(scratch.path)
-    except FruitsError as error:
+            open_store(Address(bucket, ""), s3).delete(scratch.path)
+    except (FruitsError, OSError) as error:
         sys.exit(f"fruits: {error}")
     sys.stdout.write(json.dumps(seen) + "\n")
 
 
+def _check_by_a_job(scratch: Address) -> dict[str, Any]:
+    spark = make_session("health", settings=ALL_SLOTS)
+    try:
+        return check(spark, scratch)
+    finally:
+        spark.stop()
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -257,7 +257,8 @@ def test_an_application_without_the_secret_is_refused(converged: Rehearsal) -> N
         "sed 's/^spark.authenticate.secret .*/spark.authenticate.secret wrongwrongwrongwrong/' "
         "/etc/fruits/spark/spark-defaults.conf > stranger/spark-defaults.conf; "
         ". /etc/profile.d/fruits.sh; SPARK_CONF_DIR=/tmp/stranger "
-        "timeout 90 /opt/fruits/current/venv/bin/python -m pipeline.health 2>&1"
+        "timeout 60 /opt/fruits/current/venv/bin/python -m pipeline.health "
+        "http://127.0.0.1:8080 2>&1"
     )
     run = converged.machines.run("master", f"sudo sh -c {shlex.quote(script)}", check=False)
     assert run.returncode != 0

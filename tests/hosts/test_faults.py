@@ -218,4 +218,5 @@ def test_every_host_rebooted(converged: Rehearsal) -> None:
     for host in SERVICES:
         converged.machines.start(host)
     assert eventually(lambda: len(workers_alive(converged)) == 2, 180)
-    converged.play("check.yml")
+    for host, services in SERVICES.items():
+        on(converged, host, f"systemctl is-active {shlex.join(services)}")
