@@ -1,6 +1,6 @@
 # The two commands of a newcomer are `make demo` and `make test`; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo rehearse rehearse-down test lint bench lock clean
+.PHONY: help setup demo lab rehearse rehearse-down test lint bench lock clean
 
 IMAGES ?= $(FRUITS_IMAGES)
 WEIGHTS ?= $(FRUITS_WEIGHTS)
@@ -16,6 +16,9 @@ setup: ## everything the other commands need, into .venv (they call it themselve
 demo: setup ## the whole job on this machine: [IMAGES=dir] [WEIGHTS=file] [OUTPUT=dir]
 	@.venv/bin/fruits demo $(if $(IMAGES),--images "$(IMAGES)") \
 		$(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(OUTPUT)"
+
+lab: setup ## the notebooks in JupyterLab, with Spark and S3 on this machine: [IMAGES=dir]
+	@.venv/bin/fruits lab $(if $(IMAGES),--images "$(IMAGES)")
 
 rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [IMAGES=dir] [WEIGHTS=file]
 	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) \

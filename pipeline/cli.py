@@ -15,6 +15,7 @@ from pipeline.console import err, explain, observing, out, summary
 from pipeline.demo import show
 from pipeline.errors import FruitsError, StorageError
 from pipeline.job import PCAOptions
+from pipeline.lab import open_lab
 from pipeline.place import make_job, make_job_of_table, open_place
 from pipeline.sample import render_sample
 from pipeline.session import read_settings
@@ -186,6 +187,18 @@ def demo(
 ) -> None:
     """See the whole job on this machine: a Spark cluster and an S3 server on loopback."""
     show(images, weights, backbone, output, keep=keep)
+
+
+@app.command()
+def lab(
+    images: Annotated[
+        Path | None,
+        typer.Option(help="A folder or .tar of images; default: FRUITS_IMAGES, else a sample."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Open the notebooks in JupyterLab on this machine, with Spark and S3 on loopback."""
+    open_lab(images)
 
 
 def _known(backbone: str) -> str:

@@ -31,6 +31,7 @@ from pipeline.session import COMMON_SETTINGS
 from pipeline.storage import S3Settings
 
 HOST = "127.0.0.1"
+HOME = "s3a://fruits"  # where a notebook finds images and puts results
 WORKERS = 2
 WORKER_MEMORY = "1g"  # of Java; Python and the model come on top of it
 SECONDS_TO_START = 90.0
@@ -204,6 +205,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
     jars = ":".join(str(jar) for jar in fetch())
     here: dict[str, object] = {
         "spark.master": master.url,
+        "spark.fruits.home": HOME,
         "spark.authenticate.secret": secrets.token_urlsafe(48),
         "spark.driver.extraClassPath": jars,
         "spark.executor.extraClassPath": jars,
