@@ -29,6 +29,17 @@ SMALLEST_MEMORY_MB = 4096
 LIVE = ["pending", "running", "stopping", "stopped"]
 # The quotas that count vCPUs of the standard families: A, C, D, H, I, M, R, T and Z.
 QUOTAS = {"on-demand": "L-1216C47A", "spot": "L-34B43A08"}
+# What can carry a tag: how it is listed, and its id. Instances have a question of their own.
+TAGGED = {
+    "vpc": ("describe_vpcs", "Vpcs", "VpcId"),
+    "subnet": ("describe_subnets", "Subnets", "SubnetId"),
+    "internet-gateway": ("describe_internet_gateways", "InternetGateways", "InternetGatewayId"),
+    "route-table": ("describe_route_tables", "RouteTables", "RouteTableId"),
+    "vpc-endpoint": ("describe_vpc_endpoints", "VpcEndpoints", "VpcEndpointId"),
+    "security-group": ("describe_security_groups", "SecurityGroups", "GroupId"),
+    "launch-template": ("describe_launch_templates", "LaunchTemplates", "LaunchTemplateId"),
+    "volume": ("describe_volumes", "Volumes", "VolumeId"),
+}
 DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 PUBLIC_KEY = re.compile(r"(ssh-(rsa|ed25519)|ecdsa-sha2-\S+|sk-\S+) AAAA\S+")
 HOST_KEYS = re.compile(
@@ -51,6 +62,8 @@ class Account:
     instances: list[dict[str, Any]] = field(default_factory=list)
     table: list[str] = field(default_factory=list)
     things: dict[str, list[str]] = field(default_factory=dict)
+    loose_volumes: list[str] = field(default_factory=list)
+    subnets: list[dict[str, str]] = field(default_factory=list)
     bucket: str = "unknown"
     bucket_gb: float | None = None
 
@@ -130,27 +143,29 @@ class Look:
             ]
 
     def _things(self) -> None:
-        """Find what is tagged, by type; an instance that is terminated is no longer a thing."""
-        pages = self.session.client("ec2").get_paginator("describe_tags")
-        wanted = [
-            {"Name": "key", "Values": ["Cluster"]},
-            {"Name": "value", "Values": [self.knobs["cluster"]]},
-        ]
-        things: dict[str, list[str]] = defaultdict(list)
-        for page in pages.paginate(Filters=wanted):
-            for tag in page["Tags"]:
-                things[tag["ResourceType"]].append(tag["ResourceId"])
-        things["instance"] = [one["id"] for one in self.found.instances]
-        things["volume"] = self._volumes()
-        things.pop("spot-instances-request", None)  # one-time: it ends with its instance
+        """Find what carries the cluster's tag, by type, as far as it still exists."""
+        ec2 = self.session.client("ec2")
+        ours = [{"Name": "tag:Cluster", "Values": [self.knobs["cluster"]]}]
+        things = {"instance": [one["id"] for one in self.found.instances]}
+        for kind, (call, key, name) in TAGGED.items():
+            found = [
+                one
+                for page in ec2.get_paginator(call).paginate(Filters=ours)
+                for one in page[key]
+                if one.get("State") not in ("deleting", "deleted")
+            ]
+            things[kind] = [one[name] for one in found]
+            if kind == "subnet":
+                self.found.subnets = [
+                    {"vpc": one["VpcId"], "cidr": one["CidrBlock"]} for one in found
+                ]
+            if kind == "volume":
+                self.found.loose_volumes = [
+                    one[name] for one in found if one["State"] == "available"
+                ]
         with self._explained("iam"):
             things["role"] = self._roles()
         self.found.things = {kind: sorted(ids) for kind, ids in things.items() if ids}
-
-    def _volumes(self) -> list[str]:
-        wanted = [{"Name": "tag:Cluster", "Values": [self.knobs["cluster"]]}]
-        volumes = self.session.client("ec2").describe_volumes(Filters=wanted)["Volumes"]
-        return [one["VolumeId"] for one in volumes if one["State"] != "deleting"]
 
     def _roles(self) -> list[str]:
         iam, path = self.session.client("iam"), self.knobs["iam_path"]

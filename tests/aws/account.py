@@ -74,7 +74,7 @@ class Account:
     def __init__(self, moto_port: int) -> None:
         self.moto_port = moto_port
         self.requests: list[Request] = []
-        self.rules: list[Rule] = [simulation(), quota(32)]
+        self.rules: list[Rule] = [simulation(), quota(32), _deleted_versions]
         self._lock = threading.Lock()
         account = self
 
@@ -243,6 +243,16 @@ def quota(vcpus: int) -> Rule:
         return Answer(200, body, "application/x-amz-json-1.1")
 
     return rule
+
+
+def _deleted_versions(request: Request) -> Answer | None:
+    """Answer the deletion of older versions of a launch template, which moto lacks."""
+    if request.action != "DeleteLaunchTemplateVersions":
+        return None
+    return Answer(
+        200,
+        '<DeleteLaunchTemplateVersionsResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"/>',
+    )
 
 
 def fail(action: str, code: str = "InternalError", *, nth: int = 1) -> Rule:
