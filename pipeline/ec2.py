@@ -138,7 +138,9 @@ class Look:
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         if rows:
             self.found.table = [
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
                 for row in ([*columns], *rows)
             ]
 
@@ -239,7 +241,11 @@ class Look:
 
     def _all_types(self) -> list[str]:
         pages = self.session.client("ec2").get_paginator("describe_instance_type_offerings")
-        return [one["InstanceType"] for page in pages.paginate() for one in page["InstanceTypeOfferings"]]
+        return [
+            one["InstanceType"]
+            for page in pages.paginate()
+            for one in page["InstanceTypeOfferings"]
+        ]
 
     def _types(self) -> None:
         names = {self.knobs["master_type"], self.knobs["worker_type"]}

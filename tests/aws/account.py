@@ -1,4 +1,4 @@
-"""An AWS account of loopback: a moto server process, behind a proxy that records and fails requests.
+"""An AWS account of loopback: a moto server, behind a proxy that records and fails requests.
 
 Nothing that is run with its environment can reach AWS: every client is pointed at the proxy, the
 credentials are made up, and instance metadata and any other host lead to a closed port.
@@ -108,7 +108,7 @@ class Account:
                 if self.command != "HEAD":
                     self.wfile.write(content)
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on  # noqa: N815
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -131,9 +131,7 @@ class Account:
             answer = connection.getresponse()
             content = answer.read()
             drop = {"transfer-encoding", "connection", "server", "date"}
-            kept = {
-                name: value for name, value in answer.getheaders() if name.lower() not in drop
-            }
+            kept = {name: value for name, value in answer.getheaders() if name.lower() not in drop}
             if method != "HEAD":
                 kept = {n: v for n, v in kept.items() if n.lower() != "content-length"}
             return answer.status, kept, content
@@ -284,7 +282,13 @@ def account(folder: Path) -> Iterator[Account]:
     port = free_port()
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(
-            [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)],
+            [
+                str(Path(sys.executable).with_name("moto_server")),
+                "-H",
+                "127.0.0.1",
+                "-p",
+                str(port),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -24,9 +24,7 @@ class Admin:
         self.aws = aws
         (folder / "inventory/group_vars").mkdir(parents=True)
         for name in ("aws_ec2.yml", "group_vars/aws_ec2.yml"):
-            (folder / "inventory" / name).write_text(
-                (REPOSITORY / "inventory" / name).read_text()
-            )
+            (folder / "inventory" / name).write_text((REPOSITORY / "inventory" / name).read_text())
         self.key = folder / "id_ed25519.pub"
         self.key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMadeUpForTests admin@test\n")
         # Hosts are made up, too: SSH is a program that notes the attempt and reaches nobody.

@@ -12,7 +12,7 @@ import yaml
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.aws.account import Account, Request
-from tests.aws.conftest import REPOSITORY, Admin
+from tests.aws.conftest import Admin
 
 pytestmark = pytest.mark.timeout(600)
 LIVE = ["pending", "running", "stopping", "stopped"]
@@ -20,7 +20,9 @@ LIVE = ["pending", "running", "stopping", "stopped"]
 
 @pytest.fixture(scope="module")
 def admin(aws: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Admin]:
-    yield Admin(tmp_path_factory.mktemp("life"), aws, ec2_prices={"t3.large": 0.1, "m5.large": 0.11})
+    yield Admin(
+        tmp_path_factory.mktemp("life"), aws, ec2_prices={"t3.large": 0.1, "m5.large": 0.11}
+    )
 
 
 def instances(aws: Account, cluster: str = "orchard") -> list[dict]:
@@ -37,8 +39,8 @@ def tags(one: dict) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in one["Tags"]}
 
 
-def by_role(aws: Account, state: str = "running") -> Counter[str]:
-    found = instances(aws)
+def by_role(aws: Account, state: str = "running", cluster: str = "orchard") -> Counter[str]:
+    found = instances(aws, cluster)
     assert {one["State"]["Name"] for one in found} <= {state}
     return Counter(tags(one)["Role"] for one in found)
 
@@ -120,10 +122,12 @@ def test_it_provisions(admin: Admin) -> None:
 
     # What is made is tagged in the request that makes it.
     for request in requests:
-        if request.service == "ec2" and request.action.startswith("Create"):
-            if request.action not in ("CreateRoute", "CreateTags"):
-                assert "orchard" in fields(request, "TagSpecification.1.Tag.").values(), request
-    assert not [request for request in requests if request.action in ("CreateAccessKey", "CreateUser")]
+        makes = request.service == "ec2" and request.action.startswith("Create")
+        if makes and request.action not in ("CreateRoute", "CreateTags"):
+            assert "orchard" in fields(request, "TagSpecification.1.Tag.").values(), request
+    assert not [
+        request for request in requests if request.action in ("CreateAccessKey", "CreateUser")
+    ]
 
 
 def test_the_network_lets_in_members_and_the_admin_only(admin: Admin) -> None:
@@ -284,7 +288,9 @@ def test_the_inventory_gives_what_a_static_one_gives(admin: Admin) -> None:
     static.write_text(yaml.safe_dump(content))
     same = {}
     for inventory in ("aws_ec2.yml", "hosts.yml"):
-        show = "{{ groups.master }} {{ groups.workers | sort }} {{ ansible_user }} {{ ansible_host }}"
+        show = (
+            "{{ groups.master }} {{ groups.workers | sort }} {{ ansible_user }} {{ ansible_host }}"
+        )
         run = admin.run(
             *("ansible", "-i", str(static.with_name(inventory)), "master:workers"),
             *("-m", "ansible.builtin.debug", "-a", f"msg='{show} {{{{ cluster_bucket }}}}'"),
@@ -392,7 +398,9 @@ def test_it_uploads_and_a_second_run_has_nothing_to_send(admin: Admin) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", [[], ["-e", "destroy=fruits"], ["-e", "destroy=orchard", "-e", "bucket=x"]])
+@pytest.mark.parametrize(
+    "said", [[], ["-e", "destroy=fruits"], ["-e", "destroy=orchard", "-e", "bucket=x"]]
+)
 def test_it_is_destroyed_by_its_name_only(admin: Admin, said: list[str]) -> None:
     play = admin.play("destroy.yml", *said, fails=True)
     assert play.says("Expected -e destroy=orchard")
