@@ -2,8 +2,10 @@
 
     python -m pipeline.ec2 look < knobs.json         the account, as the cluster's knobs want it
     python -m pipeline.ec2 host-keys INSTANCE ...    SSH host keys, as the consoles printed them
+    python -m pipeline.ec2 with-credentials COMMAND  run it with the credentials of this moment
 
-Both print JSON. `look` collects every problem it finds, so that an admin mends them in one go.
+The first two print JSON. `look` collects every problem it finds, so that an admin mends them in one
+go.
 """
 
 from __future__ import annotations
@@ -547,6 +549,20 @@ def _console(output: str) -> str:
         return output
 
 
+def credentials() -> dict[str, str]:
+    """Return the caller's credentials as variables, for a program that knows no profiles or SSO."""
+    found = boto3.Session().get_credentials()
+    if found is None:
+        sys.exit("expected AWS credentials, found none; set AWS_PROFILE or the AWS_* variables.")
+    frozen = found.get_frozen_credentials()
+    variables = {
+        "AWS_ACCESS_KEY_ID": frozen.access_key,
+        "AWS_SECRET_ACCESS_KEY": frozen.secret_key,
+        "AWS_SESSION_TOKEN": frozen.token,
+    }
+    return {name: value for name, value in variables.items() if value}
+
+
 def main(arguments: list[str]) -> None:
     """Run one of the commands that the playbooks call."""
     match arguments:
@@ -555,6 +571,8 @@ def main(arguments: list[str]) -> None:
         case ["host-keys", *instances] if instances:
             ec2 = boto3.client("ec2", region_name=os.environ["AWS_DEFAULT_REGION"])
             print_json(host_keys(ec2, instances))
+        case ["with-credentials", command, *words]:
+            os.execvpe(command, [command, *words], os.environ | credentials())  # noqa: S606
         case _:
             sys.exit(__doc__)
 

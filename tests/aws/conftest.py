@@ -56,6 +56,7 @@ class Admin:
             "ANSIBLE_LOCAL_TEMP": str(self.folder / "tmp"),
             "ANSIBLE_SSH_EXECUTABLE": str(self.ssh),
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.folder / "cp"),
+            "SPARK_CONF_DIR": str(self.folder / "conf"),
             "ANSIBLE_NOCOLOR": "1",
             "COLUMNS": "200",
         }
