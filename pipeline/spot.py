@@ -7,6 +7,8 @@ Ends after the notice was passed on. The metadata service is asked by IMDSv2 onl
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import urllib.request
 
 METADATA = "http://169.254.169.254"
 SECONDS_BETWEEN = 5.0
-DRAIN = ("systemctl", "kill", "--kill-whom=main", "--signal=PWR", "spark-worker")
+MAIN_PROCESS = ("systemctl", "show", "--property=MainPID", "--value", "spark-worker")
 
 
 def notice(metadata: str = METADATA) -> str | None:
@@ -41,6 +43,12 @@ def notice(metadata: str = METADATA) -> str | None:
         raise
 
 
+def drain() -> None:
+    """Tell Spark's worker, which runs as the same user, to hand over and to take no more tasks."""
+    shown = subprocess.run(MAIN_PROCESS, check=True, capture_output=True, text=True)  # noqa: S603
+    os.kill(int(shown.stdout), signal.SIGPWR)
+
+
 def main(arguments: list[str]) -> None:
     """Wait for the notice, then drain the worker."""
     metadata = arguments[0] if arguments else METADATA
@@ -52,7 +60,7 @@ def main(arguments: list[str]) -> None:
         else:
             if found is not None:
                 sys.stderr.write(f"EC2 takes this instance back: {found}\n")
-                subprocess.run(DRAIN, check=True)  # noqa: S603
+                drain()
                 return
         time.sleep(SECONDS_BETWEEN)
 

@@ -262,9 +262,13 @@ def test_a_real_jupyterlab_tells_what_its_kernels_do(
 
 
 def test_the_spot_notice_drains_the_worker(pages: Pages, tmp_path: Path) -> None:
-    done = tmp_path / "systemctl.log"
+    done = tmp_path / "drained"
+    worker = subprocess.Popen(
+        ["bash", "-c", f"trap 'touch {done}' PWR; while :; do sleep 0.1; done"],
+        env={"PATH": "/bin"},
+    )
     systemctl = tmp_path / "systemctl"
-    systemctl.write_text(f'#!/bin/sh\necho "$@" >>{done}\n')
+    systemctl.write_text(f'#!/bin/sh\n[ "$4" = spark-worker ] && echo {worker.pid}\n')
     systemctl.chmod(0o755)
     pages.answers = {"/latest/api/token": "a-token"}
     code = f"import pipeline.spot as s; s.SECONDS_BETWEEN = 0.2; s.main(['{pages.url}'])"
@@ -283,7 +287,12 @@ def test_the_spot_notice_drains_the_worker(pages: Pages, tmp_path: Path) -> None
     finally:
         if process.poll() is None:
             process.terminate()
-    assert done.read_text() == "kill --kill-whom=main --signal=PWR spark-worker\n"
+        deadline = time.monotonic() + 10
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        worker.kill()
+        worker.wait(10)
+    assert done.exists()
     token_asked, asked = pages.asked[-2:]
     assert token_asked[0] == "PUT"
     assert asked[2]["X-Aws-Ec2-Metadata-Token"] == "a-token"

@@ -13,7 +13,7 @@ import yaml
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from tests.aws.account import Account, Request
-from tests.aws.conftest import Admin
+from tests.aws.conftest import REPOSITORY, Admin
 
 pytestmark = pytest.mark.timeout(600)
 LIVE = ["pending", "running", "stopping", "stopped"]
@@ -432,3 +432,11 @@ def test_destroyed_again_it_finds_nothing_and_the_bucket_goes_when_named(admin: 
         again = admin.play("destroy.yml", "-e", "destroy=orchard", "-e", "bucket=orchard-bucket")
     assert again.changed == 0
     assert [request.action for request in requests if request.changes_something] == []
+
+
+def test_the_admins_policy_allows_all_that_was_asked(admin: Admin) -> None:
+    policy = json.loads((REPOSITORY / "ansible/admin-policy.json").read_text())
+    allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
+    asked = {f"{r.service}:{r.action}" for r in admin.aws.requests if r.service in ("ec2", "iam")}
+    assert len(asked) > 40
+    assert asked <= allowed
