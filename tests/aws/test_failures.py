@@ -94,7 +94,11 @@ def test_half_a_cluster_is_destroyed_without_a_trace(aws: Account, tmp_path: Pat
     admin = Admin(tmp_path, aws, cluster_name="half", cluster_bucket="half-bucket")
     with aws.answering(fail("AddRoleToInstanceProfile", "UnsupportedOperation", nth=2)):
         admin.play("provision.yml", fails=True)
-    assert len(things(aws, "half")) > 8
+    left = things(aws, "half")
+    assert len(left) > 8
+    told = admin.play("status.yml")
+    assert told.says("Left by a run that was cut off: ")
+    assert all(told.says(one) for one in left)
     admin.play("destroy.yml", "-e", "destroy=half", "-e", "bucket=half-bucket")
     assert things(aws, "half") == []
     assert "half-bucket" not in {b["Name"] for b in aws.client("s3").list_buckets()["Buckets"]}
