@@ -83,13 +83,14 @@ class Look:
         self.knobs = knobs
         self.found = Account()
         self.session = boto3.Session(region_name=knobs["region"])
+        self._clients: dict[str, Any] = {}
 
     def everything(self) -> Account:
         """Ask all there is to ask; without a valid region or credentials, only that."""
         if not self._region():
             return self.found
         with self._explained("sts"):
-            who = self.session.client("sts").get_caller_identity()
+            who = self._client("sts").get_caller_identity()
             self.found.account, self.found.caller = who["Account"], who["Arn"]
         if not self.found.caller:
             return self.found
@@ -114,6 +115,12 @@ class Look:
         self._cost()
         return self.found
 
+    def _client(self, service: str) -> Any:
+        """Return the client of a service; making one takes a good part of a second."""
+        if service not in self._clients:
+            self._clients[service] = self.session.client(service)
+        return self._clients[service]
+
     def _region(self) -> bool:
         region = self.knobs["region"]
         known = self.session.get_available_regions("ec2")
@@ -126,7 +133,7 @@ class Look:
         return region in known
 
     def _instances(self) -> None:
-        pages = self.session.client("ec2").get_paginator("describe_instances")
+        pages = self._client("ec2").get_paginator("describe_instances")
         wanted = [
             {"Name": "tag:Cluster", "Values": [self.knobs["cluster"]]},
             {"Name": "instance-state-name", "Values": LIVE},
@@ -148,7 +155,7 @@ class Look:
 
     def _things(self) -> None:
         """Find what carries the cluster's tag, by type, as far as it still exists."""
-        ec2 = self.session.client("ec2")
+        ec2 = self._client("ec2")
         ours = [{"Name": "tag:Cluster", "Values": [self.knobs["cluster"]]}]
         things = {"instance": [one["id"] for one in self.found.instances]}
         for kind, (call, key, name) in TAGGED.items():
@@ -172,7 +179,7 @@ class Look:
         self.found.things = {kind: sorted(ids) for kind, ids in things.items() if ids}
 
     def _roles(self) -> list[str]:
-        iam, path = self.session.client("iam"), self.knobs["iam_path"]
+        iam, path = self._client("iam"), self.knobs["iam_path"]
         profiles = iam.list_instance_profiles(PathPrefix=path)["InstanceProfiles"]
         roles = iam.list_roles(PathPrefix=path)["Roles"]
         names = {one["InstanceProfileName"] for one in profiles}
@@ -181,7 +188,7 @@ class Look:
     def _network(self) -> None:
         name, network = self.knobs["cluster"], self.knobs["network"]
         wanted = [{"Name": "tag:Cluster", "Values": [name]}]
-        vpcs = self.session.client("ec2").describe_vpcs(Filters=wanted)["Vpcs"]
+        vpcs = self._client("ec2").describe_vpcs(Filters=wanted)["Vpcs"]
         ours = {vpc["VpcId"] for vpc in vpcs}
         if len(vpcs) > 1 or any(vpc["CidrBlock"] != network for vpc in vpcs):
             seen = ", ".join(f"{vpc['VpcId']} {vpc['CidrBlock']}" for vpc in vpcs)
@@ -214,7 +221,7 @@ class Look:
 
     def _zone(self, names: set[str]) -> None:
         """Choose the zone of the subnet: not every zone of a region has every type."""
-        ec2 = self.session.client("ec2")
+        ec2 = self._client("ec2")
         subnets = ec2.describe_subnets(
             Filters=[{"Name": "tag:Cluster", "Values": [self.knobs["cluster"]]}]
         )["Subnets"]
@@ -242,7 +249,7 @@ class Look:
             )
 
     def _all_types(self) -> list[str]:
-        pages = self.session.client("ec2").get_paginator("describe_instance_type_offerings")
+        pages = self._client("ec2").get_paginator("describe_instance_type_offerings")
         return [
             one["InstanceType"]
             for page in pages.paginate()
@@ -253,7 +260,7 @@ class Look:
         names = {self.knobs["master_type"], self.knobs["worker_type"]}
         self._zone(names)
         wanted = [{"Name": "instance-type", "Values": sorted(names)}]
-        answer = self.session.client("ec2").describe_instance_types(Filters=wanted)
+        answer = self._client("ec2").describe_instance_types(Filters=wanted)
         for one in answer["InstanceTypes"]:
             name, memory = one["InstanceType"], one["MemoryInfo"]["SizeInMiB"]
             architectures = one["ProcessorInfo"]["SupportedArchitectures"]
@@ -313,7 +320,7 @@ class Look:
                 architecture="amd64" if architecture == "x86_64" else architecture
             )
             owners = {"Owners": [self.knobs["image_owner"]]}
-        images = self.session.client("ec2").describe_images(
+        images = self._client("ec2").describe_images(
             Filters=[{"Name": name, "Values": [value]} for name, value in wanted.items()],
             **owners,
         )["Images"]
@@ -343,7 +350,7 @@ class Look:
             max(0, self.knobs["workers"] - there["worker"]) * self.found.types[worker]["vcpus"]
         )
         used = self._vcpus_in_use()
-        quotas = self.session.client("service-quotas")
+        quotas = self._client("service-quotas")
         for market, vcpus in needed.items():
             if vcpus <= 0:
                 continue
@@ -379,7 +386,7 @@ class Look:
 
     def _vcpus_in_use(self) -> dict[str, int]:
         used = {"on-demand": 0, "spot": 0}
-        pages = self.session.client("ec2").get_paginator("describe_instances")
+        pages = self._client("ec2").get_paginator("describe_instances")
         running = [{"Name": "instance-state-name", "Values": ["pending", "running"]}]
         for page in pages.paginate(Filters=running):
             for reservation in page["Reservations"]:
@@ -392,9 +399,7 @@ class Look:
     def _bucket(self) -> None:
         name = self.knobs["bucket"]
         try:
-            self.session.client("s3").head_bucket(
-                Bucket=name, ExpectedBucketOwner=self.found.account
-            )
+            self._client("s3").head_bucket(Bucket=name, ExpectedBucketOwner=self.found.account)
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             self.found.bucket = {404: "free", 301: "elsewhere"}.get(status, "taken")
@@ -413,7 +418,7 @@ class Look:
         if self.found.bucket != "ours":
             return
         now = datetime.now(UTC)
-        points = self.session.client("cloudwatch").get_metric_statistics(
+        points = self._client("cloudwatch").get_metric_statistics(
             Namespace="AWS/S3",
             MetricName="BucketSizeBytes",
             Dimensions=[
@@ -436,7 +441,7 @@ class Look:
         if source.endswith(":root"):
             return
         policy = json.loads(Path(self.knobs["admin_policy"]).read_text())
-        pages = self.session.client("iam").get_paginator("simulate_principal_policy")
+        pages = self._client("iam").get_paginator("simulate_principal_policy")
         denied: list[str] = []
         try:
             for statement in policy["Statement"]:
