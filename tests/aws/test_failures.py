@@ -64,9 +64,9 @@ def test_half_a_cluster_is_destroyed_without_a_trace_though_not_at_once(admin: A
 
 
 def test_a_launch_that_fails_leaves_what_was_launched_before(admin: Admin) -> None:
-    with admin.aws.answering(fail("RunInstances", "InsufficientInstanceCapacity", nth=2)):
+    with admin.aws.answering(fail("RunInstances", "VcpuLimitExceeded", nth=2)):
         play = admin.play("provision.yml", fails=True)
-    assert play.says("InsufficientInstanceCapacity")
+    assert play.says("VcpuLimitExceeded")
     assert by_role(admin.aws, cluster="storm") == {"master": 1}
 
 
