@@ -15,6 +15,7 @@ import base64
 import hashlib
 import hmac
 import json
+import secrets
 import sys
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -87,7 +88,8 @@ def configure(
     c.ServerApp.root_dir = notebooks
     c.ServerApp.allow_remote_access = True
     c.ServerApp.quit_button = False
-    c.IdentityProvider.token = ""
+    # Told by JupyterLab in its runtime folder only: for who watches on this host what kernels do.
+    c.IdentityProvider.token = secrets.token_hex(32)
     c.PasswordIdentityProvider.hashed_password = Path(password).read_text().strip()
     c.PasswordIdentityProvider.password_required = True
     c.IdentityProvider.cookie_options = {"SameSite": "Strict"}
