@@ -113,7 +113,7 @@ class Watch:
         key = read_settings_of(Path(self.spark_settings))[PAGE_KEY]
         return [
             f"worker {one['host']}: {one['coresused']} of {one['cores']} slots in use"
-            for one in registered_workers(self.page, key)
+            for one in registered_workers(self.page, page_token(key))
         ]
 
     def in_words(self) -> list[str]:
