@@ -117,13 +117,13 @@ import asyncio, sys
 async def is_open(address, port, gate):
     async with gate:
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 4.0)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 2.0)
         except (OSError, asyncio.TimeoutError):
             return None
         writer.close()
         return port
 async def scan(address):
-    gate = asyncio.Semaphore(3000)
+    gate = asyncio.Semaphore(6000)
     ports = await asyncio.gather(*(is_open(address, port, gate) for port in range(1, 65536)))
     print(*[port for port in ports if port])
 asyncio.run(scan(sys.argv[1]))
