@@ -218,7 +218,8 @@ def test_a_real_jupyterlab_tells_what_its_kernels_do(
         "from pipeline.door import configure\n"
         f"configure(c, port={port}, certificate={str(tmp_path / 'cert.pem')!r},"
         f" key={str(tmp_path / 'key.pem')!r}, password={str(tmp_path / 'password')!r},"
-        f" settings={settings['spark_settings']!r}, pages={{}}, notebooks={str(tmp_path)!r})\n"
+        f" settings={settings['spark_settings']!r}, pages={{'spark': 8080}},"
+        f" notebooks={str(tmp_path)!r})\n"
         "c.ServerApp.ip = '127.0.0.1'\nc.ServerApp.open_browser = False\n"
     )
     log = tmp_path / "jupyter.log"
