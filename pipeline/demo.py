@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.backbones import find_weights
-from pipeline.console import observing, out, summary
+from pipeline.console import ConsoleObserver, observing, out, summary
 from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
 from pipeline.images import is_image
 from pipeline.matrix import RESULT
@@ -45,21 +45,14 @@ def show(
         Stay up afterwards, until Ctrl-C.
     """
     check_target(output)
-    if images is None and os.environ.get("FRUITS_IMAGES"):
-        images = Path(os.environ["FRUITS_IMAGES"])
     with ExitStack() as stack:
-        folder, told = stack.enter_context(demo_images(images))
+        folder, told = stack.enter_context(demo_images(images or images_named()))
         out.print(f"Images from {told}.")
         network, file, note = demo_weights(weights, backbone)
         if note:
             out.print(f"[yellow]{note}.")
         with observing() as observer:
-            observer.stage("Starting Spark and S3 on loopback")
-            place = stack.enter_context(open_place(None, with_s3=True))
-            bucket = BucketStore(SOURCE, place.s3)
-            bucket.create_bucket()
-            observer.stage("Uploading the images")
-            upload(open_store(Address.parse(str(folder)), S3Settings()), bucket, observer.files)
+            place = stack.enter_context(place_with_images(folder, observer))
             job = make_job(place, observer, str(SOURCE), str(TARGET), network, str(file))
             run = job.run()
             copy_result(job.store, output)
@@ -73,6 +66,24 @@ def show(
                 "      the Spark pages, .venv/bin/fruits demo --keep\n"
                 "      all commands, .venv/bin/fruits --help"
             )
+
+
+def images_named() -> Path | None:
+    """Return the images that FRUITS_IMAGES names, if it does."""
+    named = os.environ.get("FRUITS_IMAGES")
+    return Path(named) if named else None
+
+
+@contextmanager
+def place_with_images(folder: Path, observer: ConsoleObserver) -> Iterator[Place]:
+    """Start Spark and S3 on loopback, and put a folder's images at SOURCE."""
+    observer.stage("Starting Spark and S3 on loopback")
+    with open_place(None, with_s3=True) as place:
+        bucket = BucketStore(SOURCE, place.s3)
+        bucket.create_bucket()
+        observer.stage("Uploading the images")
+        upload(open_store(Address.parse(str(folder)), S3Settings()), bucket, observer.files)
+        yield place
 
 
 def _wait_with_pages(place: Place) -> None:

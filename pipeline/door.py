@@ -181,9 +181,13 @@ def master_state(page: str, token: str | None = None) -> dict[str, Any]:
 
 
 def registered_workers(page: str, token: str | None = None) -> list[dict[str, Any]]:
-    """Return the workers that are alive, as `master_state` tells them."""
-    workers = master_state(page, token)["workers"]
-    return [worker for worker in workers if worker["state"] == "ALIVE"]
+    """Return the workers that are alive, as the master's page tells them."""
+    return alive_workers(master_state(page, token))
+
+
+def alive_workers(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the workers of a `master_state` that are alive."""
+    return [worker for worker in state["workers"] if worker["state"] == "ALIVE"]
 
 
 def main(arguments: list[str]) -> None:

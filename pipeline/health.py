@@ -21,7 +21,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from pipeline.door import PAGE_KEY, master_state, page_token
+from pipeline.door import PAGE_KEY, alive_workers, master_state, page_token
 from pipeline.errors import ClusterError, FruitsError
 from pipeline.session import make_session, read_settings, task_slots
 from pipeline.storage import Address, S3Settings, Store, open_store
@@ -67,7 +67,6 @@ def check_busy(state: Mapping[str, Any], scratch: Store) -> dict[str, Any]:
     ClusterError
         When what is read from S3 is not what was written.
     """
-    alive = [worker for worker in state["workers"] if worker["state"] == "ALIVE"]
     content = uuid.uuid4().bytes
     scratch.write("object", content)
     if scratch.read("object") != content:
@@ -77,7 +76,7 @@ def check_busy(state: Mapping[str, Any], scratch: Store) -> dict[str, Any]:
         f"busy with {names}: no job was run in the slots",
         f"wrote to {scratch.address} and read it back: well",
     ]
-    return _told({worker["host"]: worker["cores"] for worker in alive}, lines)
+    return _told({worker["host"]: worker["cores"] for worker in alive_workers(state)}, lines)
 
 
 def _told(slots: Mapping[str, int], lines: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.door import PAGE_KEY, page_token, registered_workers
+from pipeline.door import PAGE_KEY, master_state, page_token, registered_workers
 from pipeline.session import read_settings_of
 
 ESTABLISHED, SSH = "01", 22
@@ -74,9 +74,9 @@ class Watch:
 
     def applications(self) -> Iterator[Use]:
         """Yield Spark's applications: one that is only held open by an idle notebook grows old."""
-        key = read_settings_of(Path(self.spark_settings))[PAGE_KEY]
-        headers = {"Authorization": f"Bearer {page_token(key)}"}
-        for application in _get(f"{self.page}/json/", headers)["activeapps"]:
+        token = self._page_token()
+        headers = {"Authorization": f"Bearer {token}"}
+        for application in master_state(self.page, token)["activeapps"]:
             name, number = application["name"], application["id"]
             api = f"{self.page}/proxy/{number}/api/v1/applications/{number}/jobs"
             jobs = _get(api, headers)
@@ -110,11 +110,13 @@ class Watch:
 
     def workers(self) -> list[str]:
         """Say which workers the master knows."""
-        key = read_settings_of(Path(self.spark_settings))[PAGE_KEY]
         return [
             f"worker {one['host']}: {one['coresused']} of {one['cores']} slots in use"
-            for one in registered_workers(self.page, page_token(key))
+            for one in registered_workers(self.page, self._page_token())
         ]
+
+    def _page_token(self) -> str:
+        return page_token(read_settings_of(Path(self.spark_settings))[PAGE_KEY])
 
     def in_words(self) -> list[str]:
         """Say what uses the cluster, and when it last did."""

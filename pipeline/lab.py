@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.console import observing, out
-from pipeline.demo import SOURCE, demo_images
-from pipeline.place import open_place
-from pipeline.storage import Address, BucketStore, S3Settings, open_store
-from pipeline.upload import upload
+from pipeline.demo import demo_images, images_named, place_with_images
 
 NOTEBOOKS = Path("notebooks")
 
@@ -25,18 +21,11 @@ def open_lab(images: Path | None) -> None:
     images
         As for `pipeline.demo.demo_images`; None takes FRUITS_IMAGES.
     """
-    if images is None and os.environ.get("FRUITS_IMAGES"):
-        images = Path(os.environ["FRUITS_IMAGES"])
     with ExitStack() as stack:
-        folder, told = stack.enter_context(demo_images(images))
+        folder, told = stack.enter_context(demo_images(images or images_named()))
         out.print(f"Images from {told}.")
         with observing() as observer:
-            observer.stage("Starting Spark and S3 on loopback")
-            place = stack.enter_context(open_place(None, with_s3=True))
-            bucket = BucketStore(SOURCE, place.s3)
-            bucket.create_bucket()
-            observer.stage("Uploading the images")
-            upload(open_store(Address.parse(str(folder)), S3Settings()), bucket, observer.files)
+            stack.enter_context(place_with_images(folder, observer))
         _run_jupyterlab()
 
 
