@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from pipeline.console import observing, out
 from pipeline.demo import demo_images, images_named, place_with_images
+from pipeline.errors import ClusterError
 
 NOTEBOOKS = Path("notebooks")
 
@@ -31,5 +33,9 @@ def open_lab(images: Path | None) -> None:
 
 def _run_jupyterlab() -> None:
     # The notebook finds the cluster by SPARK_CONF_DIR, which the loopback cluster has set.
-    command = Path(sys.executable).with_name("jupyter-lab")
-    subprocess.run([str(command), "--ip=127.0.0.1", "fruits.ipynb"], cwd=NOTEBOOKS, check=False)  # noqa: S603
+    command = [str(Path(sys.executable).with_name("jupyter-lab")), "--ip=127.0.0.1"]
+    if os.geteuid() == 0:  # in a container, for one: it listens on loopback only
+        command.append("--allow-root")
+    status = subprocess.run([*command, "fruits.ipynb"], cwd=NOTEBOOKS, check=False).returncode  # noqa: S603
+    if status:
+        raise ClusterError(f"JupyterLab ended with status {status}; its lines above say why.")
