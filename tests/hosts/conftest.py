@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from pipeline.storage import Address, BucketStore, FolderStore, open_store
 from pipeline.upload import upload
-from tests.hosts.cluster import Matrix, Work
-from tests.hosts.machines import Machines, unfit
+from tests.hosts.cluster import SERVICES, Matrix, Work, on
+from tests.hosts.commands import HostsError, unfit
+from tests.hosts.machines import Machines
 from tests.hosts.rehearsal import BUCKET, Rehearsal
 
 FIRST_RUN = "configure.log"  # what the first configure.yml said at -vvv, in the rehearsal's folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to a failure what the services have last said."""
+    report = yield
+    rehearsal = getattr(item, "funcargs", {}).get("converged")
+    if report.failed and rehearsal is not None:
+        for host, services in SERVICES.items():
+            units = " ".join(f"-u {service}" for service in services)
+            last = f"journalctl --no-pager -b {units} | grep -v ContextHandler | tail -25"
+            with suppress(HostsError):
+                report.sections.append((f"last words of {host}", on(rehearsal, host, last)))
+    return report
 
 
 @pytest.fixture(scope="package")
