@@ -123,16 +123,20 @@ class Job:
 
 
 @pytest.mark.parametrize(
-    ("host", "process"),
+    "victims",
     [
-        ("worker1", "CoarseGrainedExecutorBackend"),
-        ("worker1", "pyspark.daemon"),
-        ("worker1", "deploy.worker.Worker"),
-        ("master", "deploy.master.Master"),
+        {"worker1": "CoarseGrainedExecutorBackend", "worker2": "pyspark.daemon"},
+        {"worker1": "deploy.worker.Worker"},
+        {"master": "deploy.master.Master"},
     ],
+    ids=["an executor and a Python worker", "a worker", "the master"],
 )
-def test_kill_9(job: Job, host: str, process: str) -> None:
-    job.survives(lambda: on(job.rehearsal, host, f"pkill -9 -u spark -f {process}"))
+def test_kill_9(job: Job, victims: dict[str, str]) -> None:
+    def kill() -> None:
+        for host, process in victims.items():
+            on(job.rehearsal, host, f"pkill -9 -u spark -f {process}")
+
+    job.survives(kill)
 
 
 def test_a_cable_cut_for_half_a_minute(job: Job) -> None:
