@@ -21,6 +21,13 @@ from pipeline.storage import Address, BucketStore
 PROJECT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a folder in one process: they share what they start, and their order."""
+    for item in items:
+        folder = item.path.relative_to(PROJECT / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder))
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A real master, two real workers and a real S3 server on loopback."""
