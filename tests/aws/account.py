@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 import boto3
 
 REGION = "eu-west-3"
+LIVE = ["pending", "running", "stopping", "stopped"]
 DEBIAN = "136693071363"
 CLOSED = "http://127.0.0.1:9"
 
@@ -66,6 +68,7 @@ def error(code: str, message: str = "injected by the test", status: int = 400) -
 
 
 Rule = Callable[[Request], Answer | None]
+Edit = Callable[[Request, bytes], bytes]
 
 
 class Account:
@@ -75,6 +78,7 @@ class Account:
         self.moto_port = moto_port
         self.requests: list[Request] = []
         self.rules: list[Rule] = [simulation(), quota(32), _deleted_versions]
+        self.edit: Edit = lambda _, content: content  # what becomes of moto's own answers
         self._lock = threading.Lock()
         account = self
 
@@ -96,6 +100,7 @@ class Account:
                     status, headers, content = account.ask_moto(
                         self.command, self.path, dict(self.headers), body
                     )
+                    content = account.edit(request, content)
                 else:
                     status, content = answer.status, answer.body.encode()
                     headers = {"Content-Type": answer.content_type}
@@ -189,6 +194,55 @@ class Account:
             aws_access_key_id="AKIAMADEUPFORTESTS",
             aws_secret_access_key="made-up-for-tests",
         )
+
+
+def instances(aws: Account, cluster: str = "orchard") -> list[dict]:
+    answer = aws.client("ec2").describe_instances(
+        Filters=[
+            {"Name": "tag:Cluster", "Values": [cluster]},
+            {"Name": "instance-state-name", "Values": LIVE},
+        ]
+    )
+    return [one for reservation in answer["Reservations"] for one in reservation["Instances"]]
+
+
+def tags(one: dict) -> dict[str, str]:
+    return {tag["Key"]: tag["Value"] for tag in one["Tags"]}
+
+
+def by_role(aws: Account, state: str = "running", cluster: str = "orchard") -> Counter[str]:
+    found = instances(aws, cluster)
+    assert {one["State"]["Name"] for one in found} <= {state}
+    return Counter(tags(one)["Role"] for one in found)
+
+
+def things(aws: Account, cluster: str = "orchard") -> list[str]:
+    """Everything that is tagged as a cluster's, or on its path, and still exists."""
+    ec2, iam = aws.client("ec2"), aws.client("iam")
+    ours = [{"Name": "tag:Cluster", "Values": [cluster]}]
+    endpoints = ec2.describe_vpc_endpoints(Filters=ours)["VpcEndpoints"]
+    path = f"/fruits/{cluster}/"
+    return [
+        *(one["InstanceId"] for one in instances(aws, cluster)),
+        *(one["VpcId"] for one in ec2.describe_vpcs(Filters=ours)["Vpcs"]),
+        *(one["SubnetId"] for one in ec2.describe_subnets(Filters=ours)["Subnets"]),
+        *(
+            one["InternetGatewayId"]
+            for one in ec2.describe_internet_gateways(Filters=ours)["InternetGateways"]
+        ),
+        *(one["RouteTableId"] for one in ec2.describe_route_tables(Filters=ours)["RouteTables"]),
+        *(one["VpcEndpointId"] for one in endpoints if one["State"] not in ("deleted", "deleting")),
+        *(one["GroupId"] for one in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]),
+        *(
+            one["LaunchTemplateName"]
+            for one in ec2.describe_launch_templates(Filters=ours)["LaunchTemplates"]
+        ),
+        *(one["RoleName"] for one in iam.list_roles(PathPrefix=path)["Roles"]),
+        *(
+            one["InstanceProfileName"]
+            for one in iam.list_instance_profiles(PathPrefix=path)["InstanceProfiles"]
+        ),
+    ]
 
 
 def _read(method: str, path: str, headers: dict[str, str], body: bytes) -> Request:

@@ -1,95 +1,12 @@
-"""The account, and a folder with an inventory and knobs of its own for the playbooks."""
+"""The account that the tests of the playbooks for EC2 share."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.aws.account import REGION, Account, account
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-class Admin:
-    """An admin's machine: knobs, a key, and the playbooks, run as processes against the account."""
-
-    def __init__(self, folder: Path, aws: Account, **knobs: object) -> None:
-        self.folder = folder
-        self.aws = aws
-        (folder / "inventory/group_vars").mkdir(parents=True)
-        for name in ("aws_ec2.yml", "group_vars/aws_ec2.yml"):
-            (folder / "inventory" / name).write_text((REPOSITORY / "inventory" / name).read_text())
-        self.key = folder / "id_ed25519.pub"
-        self.key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMadeUpForTests admin@test\n")
-        # Hosts are made up, too: SSH is a program that notes the attempt and reaches nobody.
-        self.ssh_log = folder / "ssh.log"
-        ssh = folder / "ssh"
-        ssh.write_text(f'#!/bin/sh\necho "$@" >>"{self.ssh_log}"\nexit 255\n')
-        ssh.chmod(0o755)
-        self.ssh = ssh
-        self.knobs: dict[str, object] = {
-            "cluster_name": "orchard",
-            "cluster_region": REGION,
-            "cluster_bucket": "orchard-bucket",
-            "cluster_secrets": str(folder / "secrets"),
-            "ec2_admin_cidrs": ["203.0.113.7/32"],
-            "ec2_ssh_public_key": str(self.key),
-        } | knobs
-        self.set()
-
-    def set(self, **knobs: object) -> None:
-        """Write the knobs, as an admin does with an editor."""
-        self.knobs |= knobs
-        text = yaml.safe_dump(self.knobs)
-        (self.folder / "inventory/group_vars/all.yml").write_text(text)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return self.aws.environment | {
-            "ANSIBLE_INVENTORY": str(self.folder / "inventory/aws_ec2.yml"),
-            "ANSIBLE_LOCAL_TEMP": str(self.folder / "tmp"),
-            "ANSIBLE_SSH_EXECUTABLE": str(self.ssh),
-            "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.folder / "cp"),
-            "SPARK_CONF_DIR": str(self.folder / "conf"),
-            "ANSIBLE_NOCOLOR": "1",
-            "COLUMNS": "200",
-        }
-
-    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(Path(sys.executable).with_name(program)), *arguments],
-            cwd=REPOSITORY,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            capture_output=True,
-            timeout=600,
-        )
-
-    def play(self, playbook: str, *arguments: str, fails: bool = False) -> Play:
-        run = self.run("ansible-playbook", f"ansible/{playbook}", *arguments)
-        assert (run.returncode != 0) == fails, run.stdout[-6000:] + run.stderr[-3000:]
-        return Play(run.stdout + run.stderr)
-
-
-class Play:
-    """What a playbook said."""
-
-    def __init__(self, output: str) -> None:
-        self.output = output
-
-    @property
-    def changed(self) -> int:
-        return int(re.findall(r"^localhost +:.* changed=(\d+)", self.output, re.MULTILINE)[-1])
-
-    def says(self, text: str) -> bool:
-        return text in " ".join(self.output.replace("\\n", " ").split())
+from tests.aws.account import Account, account
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aws.account import Account, fail
-from tests.aws.conftest import Admin
-from tests.aws.test_life import by_role, things
+from tests.aws.account import Account, by_role, fail, things
+from tests.aws.admin import Admin
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import yaml
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
-from tests.aws.account import Account, Request
-from tests.aws.conftest import REPOSITORY, Admin
+from tests.aws.account import Account, Request, by_role, instances, tags, things
+from tests.aws.admin import REPOSITORY, Admin
 
 pytestmark = pytest.mark.timeout(600)
-LIVE = ["pending", "running", "stopping", "stopped"]
 
 
 @pytest.fixture(scope="module")
@@ -26,61 +24,12 @@ def admin(aws: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ad
     )
 
 
-def instances(aws: Account, cluster: str = "orchard") -> list[dict]:
-    answer = aws.client("ec2").describe_instances(
-        Filters=[
-            {"Name": "tag:Cluster", "Values": [cluster]},
-            {"Name": "instance-state-name", "Values": LIVE},
-        ]
-    )
-    return [one for reservation in answer["Reservations"] for one in reservation["Instances"]]
-
-
-def tags(one: dict) -> dict[str, str]:
-    return {tag["Key"]: tag["Value"] for tag in one["Tags"]}
-
-
-def by_role(aws: Account, state: str = "running", cluster: str = "orchard") -> Counter[str]:
-    found = instances(aws, cluster)
-    assert {one["State"]["Name"] for one in found} <= {state}
-    return Counter(tags(one)["Role"] for one in found)
-
-
 def fields(request: Request, beginning: str) -> dict[str, str]:
     return {
         name.removeprefix(beginning): value
         for name, value in request.parameters.items()
         if name.startswith(beginning)
     }
-
-
-def things(aws: Account, cluster: str = "orchard") -> list[str]:
-    """Everything that is tagged as a cluster's, or on its path, and still exists."""
-    ec2, iam = aws.client("ec2"), aws.client("iam")
-    ours = [{"Name": "tag:Cluster", "Values": [cluster]}]
-    endpoints = ec2.describe_vpc_endpoints(Filters=ours)["VpcEndpoints"]
-    path = f"/fruits/{cluster}/"
-    return [
-        *(one["InstanceId"] for one in instances(aws, cluster)),
-        *(one["VpcId"] for one in ec2.describe_vpcs(Filters=ours)["Vpcs"]),
-        *(one["SubnetId"] for one in ec2.describe_subnets(Filters=ours)["Subnets"]),
-        *(
-            one["InternetGatewayId"]
-            for one in ec2.describe_internet_gateways(Filters=ours)["InternetGateways"]
-        ),
-        *(one["RouteTableId"] for one in ec2.describe_route_tables(Filters=ours)["RouteTables"]),
-        *(one["VpcEndpointId"] for one in endpoints if one["State"] not in ("deleted", "deleting")),
-        *(one["GroupId"] for one in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]),
-        *(
-            one["LaunchTemplateName"]
-            for one in ec2.describe_launch_templates(Filters=ours)["LaunchTemplates"]
-        ),
-        *(one["RoleName"] for one in iam.list_roles(PathPrefix=path)["Roles"]),
-        *(
-            one["InstanceProfileName"]
-            for one in iam.list_instance_profiles(PathPrefix=path)["InstanceProfiles"]
-        ),
-    ]
 
 
 # --- an empty account ---------------------------------------------------------------------------

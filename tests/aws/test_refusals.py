@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.aws.account import REGION, Account, Answer, Request, Rule, error, quota, simulation
-from tests.aws.conftest import Admin
+from tests.aws.admin import Admin
 
 pytestmark = pytest.mark.timeout(300)
 NUMBERS = itertools.count(1)
