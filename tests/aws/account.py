@@ -321,6 +321,20 @@ def fail(action: str, code: str = "InternalError", *, nth: int = 1) -> Rule:
     return rule
 
 
+def only(changes: int) -> Rule:
+    """Let so many requests that change something pass, and fail those after them."""
+    left = changes
+
+    def rule(request: Request) -> Answer | None:
+        nonlocal left
+        if not request.changes_something:
+            return None
+        left -= 1
+        return error("UnsupportedOperation") if left < 0 else None
+
+    return rule
+
+
 def free_port() -> int:
     """Return a port that nobody listens on at this moment."""
     with socket.socket() as probe:

@@ -44,6 +44,12 @@ def on(rehearsal: Rehearsal, host: str, command: str, check: bool = True) -> str
     return run.stdout
 
 
+def secrets_of(rehearsal: Rehearsal) -> dict[str, str]:
+    """Return every secret of the cluster by its name."""
+    kept = {file.name: file.read_text().strip() for file in rehearsal.secrets.iterdir()}
+    return {**kept, "s3": str(rehearsal.s3.secret_key)}
+
+
 def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.hosts.cluster import SERVICES, changed, eventually, on, workers_alive
+from tests.hosts.cluster import SERVICES, changed, eventually, on, secrets_of, workers_alive
 from tests.hosts.conftest import FIRST_RUN
 from tests.hosts.rehearsal import Rehearsal
 
@@ -206,11 +206,6 @@ def test_the_masters_page_wants_the_doors_key_even_on_the_master(converged: Rehe
 
 
 # --- secrets ----------------------------------------------------------------------------------
-
-
-def secrets_of(rehearsal: Rehearsal) -> dict[str, str]:
-    kept = {file.name: file.read_text().strip() for file in rehearsal.secrets.iterdir()}
-    return {**kept, "s3": str(rehearsal.s3.secret_key)}
 
 
 def test_no_secret_is_in_a_journal_a_process_list_or_a_file_for_everyone(

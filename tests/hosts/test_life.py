@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.hosts.cluster import changed, eventually, on, workers_alive
+from tests.hosts.cluster import changed, eventually, on, secrets_of, workers_alive
 from tests.hosts.rehearsal import Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
@@ -74,7 +75,7 @@ def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
 
 # From outside: a login at the door, then where the launcher's entry for the running job leads.
 ENTRY = """
-import sys, requests, urllib3
+import json, sys, requests, urllib3
 urllib3.disable_warnings()
 door, password = sys.argv[1], sys.stdin.read()
 browser = requests.Session()
@@ -83,33 +84,36 @@ browser.trust_env = False
 browser.get(f"{door}/login")
 browser.post(f"{door}/login", data={"password": password, "_xsrf": browser.cookies["_xsrf"]})
 to = browser.get(f"{door}/running-application/", allow_redirects=False).headers["Location"]
-page = browser.get(f"{door}{to}")
-print(to, page.status_code, page.url, "rounds" in page.text)
+page, environment = browser.get(f"{door}{to}"), browser.get(f"{door}{to}environment/")
+print(json.dumps({"to": to, "page": page.text, "environment": environment.text}))
 """
 
 
-def test_the_launcher_leads_to_the_running_application(
-    converged: Rehearsal, rounds: object
-) -> None:
+@pytest.fixture
+def running_application(converged: Rehearsal, rounds: object) -> dict[str, str]:
+    """Where the launcher's entry leads, the page there, and the environment page behind it."""
+    door = f"https://{converged.machines.hosts['master'].address}:8443"
     converged.machines.outsider()
-    told = subprocess.run(
-        [
-            *("ip", "netns", "exec", converged.machines.network.namespace("outsider")),
-            *(
-                sys.executable,
-                "-c",
-                ENTRY,
-                f"https://{converged.machines.hosts['master'].address}:8443",
-            ),
-        ],
+    outside = ["ip", "netns", "exec", converged.machines.network.namespace("outsider")]
+    run = subprocess.run(
+        [*outside, sys.executable, "-c", ENTRY, door],
         input=(converged.secrets / "password").read_text().strip(),
         text=True,
         capture_output=True,
         check=True,
-    ).stdout.split()
-    assert re.fullmatch(r"/spark/proxy/app-[0-9]+-[0-9]+/", told[0])
-    assert told[1] == "200"
-    assert told[3] == "True"
+    )
+    return json.loads(run.stdout)
+
+
+def test_the_launcher_leads_to_the_running_application_which_tells_no_secret(
+    converged: Rehearsal, running_application: dict[str, str]
+) -> None:
+    assert re.fullmatch(r"/spark/proxy/app-[0-9]+-[0-9]+/", running_application["to"])
+    assert "rounds" in running_application["page"]
+    environment = running_application["environment"]
+    assert "spark.authenticate.secret" in environment
+    for name, secret in secrets_of(converged).items():
+        assert secret not in environment, name
 
 
 def test_an_application_goes_on_while_everything_is_restarted(
