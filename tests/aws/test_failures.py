@@ -20,31 +20,32 @@ def admin(aws: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ad
     yield Admin(folder, aws, cluster_name="storm", cluster_bucket="storm-bucket", ec2_spot=True)
 
 
-def step_by_step(admin: Admin, playbook: str, *said: str) -> list[Request]:
-    """Fail a playbook at each of its changes in turn, until it passes; return those changes.
+def step_by_step(admin: Admin, stride: int, playbook: str, *said: str) -> list[Request]:
+    """Fail a playbook again and again until it passes; return the changes that were made.
 
-    Every run makes the change at which the one before it failed, and fails at the next.
+    Every run makes the change at which the one before it failed, with those after it up to
+    `stride`, and fails at the next.
     """
     done: list[Request] = []
-    changes = 0
     while True:
+        changes = stride if done else 0
         with admin.aws.answering(only(changes)), admin.aws.recording() as requests:
             run = admin.run("ansible-playbook", f"ansible/{playbook}", *said)
         asked = [request for request in requests if request.changes_something]
-        done += asked[:changes]
+        done += asked[:changes] or asked[:1]
         if run.returncode == 0:
             assert len(asked) <= changes
             return done
         assert Play(run.stdout).says("UnsupportedOperation"), run.stdout[-3000:]
-        assert len(asked) > changes, run.stdout[-3000:]
-        changes = 1
-        assert len(done) < 60, [request.action for request in done]
+        assert len(done) < 100, [request.action for request in done]
 
 
-def test_a_failure_at_any_step_is_completed_by_the_next_run(admin: Admin) -> None:
-    done = step_by_step(admin, "provision.yml")
+# A run that fails and is completed at each of its 35 changes would take a quarter of an hour: here
+# it fails at every third, which is once or more in each part.
+def test_a_failure_half_way_is_completed_by_the_next_run(admin: Admin) -> None:
+    done = step_by_step(admin, 3, "provision.yml")
     assert by_role(admin.aws, cluster="storm") == {"master": 1, "worker": 2}
-    made = Counter(r.action for r in done if r.action.startswith(("Create", "Run")))
+    made = Counter(r.action for r in done[1:] if r.action.startswith(("Create", "Run")))
     assert made == {
         "CreateVpc": 1,
         "CreateSubnet": 1,
@@ -62,19 +63,18 @@ def test_a_failure_at_any_step_is_completed_by_the_next_run(admin: Admin) -> Non
     assert admin.play("provision.yml").changed == 0
 
 
-def test_a_failure_at_any_step_of_the_end_is_completed_by_the_next_run(admin: Admin) -> None:
-    step_by_step(admin, "destroy.yml", "-e", "destroy=storm", "-e", "bucket=storm-bucket")
+def test_a_failure_half_way_of_the_end_is_completed_by_the_next_run(admin: Admin) -> None:
+    step_by_step(admin, 8, "destroy.yml", "-e", "destroy=storm", "-e", "bucket=storm-bucket")
     assert things(admin.aws, "storm") == []
     buckets = admin.aws.client("s3").list_buckets()["Buckets"]
     assert "storm-bucket" not in {one["Name"] for one in buckets}
 
 
-@pytest.mark.parametrize("changes", [1, 8, 16, 24])
-def test_half_a_cluster_is_told_and_destroyed_without_a_trace(admin: Admin, changes: int) -> None:
-    with admin.aws.answering(only(changes)):
+def test_half_a_cluster_is_told_and_destroyed_without_a_trace(admin: Admin) -> None:
+    with admin.aws.answering(only(24)):
         admin.play("provision.yml", fails=True)
     left = things(admin.aws, "storm")
-    assert left
+    assert len(left) > 8
     told = admin.play("status.yml")
     assert told.says("Left by a run that was cut off: ")
     assert all(told.says(one) for one in left)
