@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
 from pipeline.laptop import Loopback, loopback_cluster
@@ -21,11 +23,15 @@ from pipeline.storage import Address, BucketStore
 PROJECT = Path(__file__).parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a folder in one process: they share what they start, and their order."""
-    for item in items:
-        folder = item.path.relative_to(PROJECT / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder))
+class FolderByFolder(LoadScopeScheduling):
+    """Gives a folder's tests to one process: they share what they start, and follow each other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.split("/")[1]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FolderByFolder:
+    return FolderByFolder(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ import pytest
 from tests.aws.account import Account, Request, account, by_role, instances, tags, things
 from tests.aws.admin import Admin
 from tests.hosts.cluster import on
+from tests.hosts.commands import unfit
+from tests.hosts.machines import Machines
 from tests.hosts.rehearsal import BUCKET, MEMORY_MB, SLOTS, Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
@@ -65,8 +67,20 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 
 
 @pytest.fixture(scope="module")
+def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
+    """A host for the master and for each of three workers, and an S3 server that they reach."""
+    if reason := unfit():
+        pytest.skip(f"needs hosts of its own: {reason}")
+    folder = tmp_path_factory.mktemp("rehearsal")
+    machines = Machines(folder / "hosts", tag="fruitsaws", subnet="10.81.0.0/24")
+    with Rehearsal(folder, machines) as rehearsal:
+        rehearsal.up(workers=3)
+        yield rehearsal
+    assert machines.leftovers() == []
+
+
+@pytest.fixture(scope="module")
 def hardware(aws: Account, cluster_hosts: Rehearsal) -> Hardware:
-    cluster_hosts.machines.up("master", "worker1", "worker2", "worker3")
     return Hardware(aws, cluster_hosts)
 
 
