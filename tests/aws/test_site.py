@@ -18,9 +18,7 @@ import pytest
 
 from tests.aws.account import Account, Request, account, by_role, instances, tags, things
 from tests.aws.admin import Admin
-from tests.hosts.cluster import on
-from tests.hosts.commands import unfit
-from tests.hosts.machines import Machines
+from tests.hosts.cluster import fresh_hosts, on
 from tests.hosts.rehearsal import BUCKET, MEMORY_MB, SLOTS, Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
@@ -69,14 +67,9 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 @pytest.fixture(scope="module")
 def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
     """A host for the master and for each of three workers, and an S3 server that they reach."""
-    if reason := unfit():
-        pytest.skip(f"needs hosts of its own: {reason}")
     folder = tmp_path_factory.mktemp("rehearsal")
-    machines = Machines(folder / "hosts", tag="fruitsaws", subnet="10.81.0.0/24")
-    with Rehearsal(folder, machines) as rehearsal:
-        rehearsal.up(workers=3)
+    with fresh_hosts(folder, workers=3, tag="fruitsaws", subnet="10.81.0.0/24") as rehearsal:
         yield rehearsal
-    assert machines.leftovers() == []
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,17 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pipeline.storage import Address, open_store
+from tests.hosts.commands import unfit
+from tests.hosts.machines import Machines
 from tests.hosts.rehearsal import BUCKET, Rehearsal
 
 SERVICES = {
@@ -23,6 +28,18 @@ SERVICES = {
     "worker2": ["spark-worker"],
 }
 COMPONENTS = 8
+
+
+@contextmanager
+def fresh_hosts(folder: Path, *, workers: int, tag: str, subnet: str) -> Iterator[Rehearsal]:
+    """Boot hosts fresh from the image beside an S3 server; see that nothing of them is left."""
+    if reason := unfit():
+        pytest.skip(f"needs hosts of its own: {reason}")
+    machines = Machines(folder / "hosts", tag=tag, subnet=subnet)
+    with Rehearsal(folder, machines) as rehearsal:
+        rehearsal.up(workers)
+        yield rehearsal
+    assert machines.leftovers() == []
 
 
 def recap(output: str) -> dict[str, dict[str, int]]:

@@ -10,9 +10,8 @@ import pytest
 
 from pipeline.storage import Address, BucketStore, FolderStore, open_store
 from pipeline.upload import upload
-from tests.hosts.cluster import SERVICES, Matrix, Work, on
-from tests.hosts.commands import HostsError, unfit
-from tests.hosts.machines import Machines
+from tests.hosts.cluster import SERVICES, Matrix, Work, fresh_hosts, on
+from tests.hosts.commands import HostsError
 from tests.hosts.rehearsal import BUCKET, Rehearsal
 
 FIRST_RUN = "configure.log"  # what the first configure.yml said at -vvv, in the rehearsal's folder
@@ -36,15 +35,10 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="package")
 def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
-    """A master and two workers, fresh from the image, and an S3 server that they reach."""
-    if reason := unfit():
-        pytest.skip(f"needs hosts of its own: {reason}")
+    """A master and two workers, and an S3 server that they reach."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    machines = Machines(folder / "hosts", tag="fruitstest", subnet="10.79.0.0/24")
-    with Rehearsal(folder, machines) as rehearsal:
-        rehearsal.up(workers=2)
+    with fresh_hosts(folder, workers=2, tag="fruitstest", subnet="10.79.0.0/24") as rehearsal:
         yield rehearsal
-    assert machines.leftovers() == []
 
 
 @pytest.fixture(scope="package")
