@@ -28,7 +28,7 @@ rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
 test: setup lint ## every test: [TESTS="tests/unit -k pca"]
-	@.venv/bin/python -m pytest -n 2 --no-loadscope-reorder $(TESTS)
+	@.venv/bin/python -m pytest $(TESTS)
 
 lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

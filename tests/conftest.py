@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
 from pipeline.laptop import Loopback, loopback_cluster
@@ -21,17 +19,6 @@ from pipeline.session import make_session
 from pipeline.storage import Address, BucketStore
 
 PROJECT = Path(__file__).parent.parent
-
-
-class FolderByFolder(LoadScopeScheduling):
-    """Gives a folder's tests to one process: they share what they start, and follow each other."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return nodeid.split("/")[1]
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FolderByFolder:
-    return FolderByFolder(config, log)
 
 
 @pytest.fixture(scope="session")
