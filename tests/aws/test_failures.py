@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.aws.account import Account, Request, by_role, fail, only, things
-from tests.aws.admin import Admin, Play
+from tests.aws.admin import Admin
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -36,7 +36,7 @@ def step_by_step(admin: Admin, stride: int, playbook: str, *said: str) -> list[R
         if run.returncode == 0:
             assert len(asked) <= changes
             return done
-        assert Play(run.stdout).says("UnsupportedOperation"), run.stdout[-3000:]
+        assert len(asked) > changes, run.stdout[-3000:]  # it failed where it was made to
         assert len(done) < 100, [request.action for request in done]
 
 
