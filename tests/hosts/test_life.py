@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -85,12 +86,13 @@ browser.get(f"{door}/login")
 browser.post(f"{door}/login", data={"password": password, "_xsrf": browser.cookies["_xsrf"]})
 to = browser.get(f"{door}/running-application/", allow_redirects=False).headers["Location"]
 page, environment = browser.get(f"{door}{to}"), browser.get(f"{door}{to}environment/")
-print(json.dumps({"to": to, "page": page.text, "environment": environment.text}))
+print(json.dumps({"to": to, "page": page.text, "environment": environment.text,
+                  "status": page.status_code}))
 """
 
 
 @pytest.fixture
-def running_application(converged: Rehearsal, rounds: object) -> dict[str, str]:
+def running_application(converged: Rehearsal, rounds: object) -> dict[str, Any]:
     """Where the launcher's entry leads, the page there, and the environment page behind it."""
     door = f"https://{converged.machines.hosts['master'].address}:8443"
     converged.machines.outsider()
@@ -106,9 +108,10 @@ def running_application(converged: Rehearsal, rounds: object) -> dict[str, str]:
 
 
 def test_the_launcher_leads_to_the_running_application_which_tells_no_secret(
-    converged: Rehearsal, running_application: dict[str, str]
+    converged: Rehearsal, running_application: dict[str, Any]
 ) -> None:
     assert re.fullmatch(r"/spark/proxy/app-[0-9]+-[0-9]+/", running_application["to"])
+    assert running_application["status"] == 200
     assert "rounds" in running_application["page"]
     environment = running_application["environment"]
     assert "spark.authenticate.secret" in environment
