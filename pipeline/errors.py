@@ -33,3 +33,7 @@ class StateError(FruitsError):
 
 class ClusterError(FruitsError):
     """The cluster on this machine did not start."""
+
+
+class BrowserError(FruitsError):
+    """No browser on this machine that could print a page."""

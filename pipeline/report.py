@@ -247,9 +247,9 @@ def _cloud(plane: Plane, ratio: Floats) -> Figure:
         axes.scatter(
             plane.x[mine],
             plane.y[mine],
-            s=size * float(np.abs(_outline(i)).max()) ** 2,  # Matplotlib fits outlines into it
+            s=size * float(np.abs(outline(i)).max()) ** 2,  # Matplotlib fits outlines into it
             c=COLOURS[i % len(COLOURS)],
-            marker=_outline(i).tolist(),
+            marker=outline(i).tolist(),
             alpha=0.8,
             linewidths=0,
             rasterized=True,
@@ -278,7 +278,7 @@ def _largest_first(plane: Plane) -> list[int]:
     return sorted(range(len(plane.names)), key=lambda i: -plane.counts[i])
 
 
-def _outline(i: int) -> Floats:
+def outline(i: int) -> Floats:
     """Corners of the mark of variety `i`, around the origin, y upwards."""
     corners, outer, inner, turn = OUTLINES[i % len(OUTLINES)]
     angle = np.radians(turn) + np.pi * np.arange(2 * corners) / corners
@@ -317,7 +317,7 @@ def _varieties(plane: Plane, thumbnails: Mapping[str, Sequence[bytes]]) -> list[
             name=name,
             count=plane.counts[i],
             colour=COLOURS[i % len(COLOURS)],
-            outline=" ".join(f"{10 * x:.1f},{-10 * y:.1f}" for x, y in _outline(i)),
+            outline=" ".join(f"{10 * x:.1f},{-10 * y:.1f}" for x, y in outline(i)),
             dots=_dots(plane, np.flatnonzero(plane.variety == i), VARIETY_POINTS),
             pictures=[base64.b64encode(jpeg).decode() for jpeg in thumbnails.get(name, ())[:each]],
             anchor=anchors.get(i),

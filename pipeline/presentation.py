@@ -1,0 +1,335 @@
+"""The slides of a run: the text of `notebooks/presentation.md.j2` with the figures of `run.json`.
+
+They become one HTML file (reveal.js, which shows them without a network) and a PDF, which a browser
+prints. `make presentation` calls it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from bs4 import BeautifulSoup
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from pipeline.browser import print_to_pdf
+from pipeline.errors import StateError
+from pipeline.report import ACCENT, COLOURS, INK, LINE, NARROW, NO_BREAK, REST, SOFT, outline
+from pipeline.storage import Address, S3Settings, Store, open_store
+
+SOURCE = Path("notebooks")
+WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
+FRUITS_360 = "Photos : Fruits-360, Mihai Oltean, CC BY-SA 4.0."
+STAGES = {
+    "list": "lister",
+    "model": "préparer le réseau",
+    "spark": "démarrer Spark",
+    "features": "décrire les images",
+    "pca": "ACP",
+    "matrix": "écrire la matrice",
+    "report": "rapport",
+}
+STYLE = {
+    "font.size": 17,
+    "font.family": "sans-serif",
+    "svg.fonttype": "path",  # the same on every machine that shows the slides
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+}
+
+
+def build_presentation(
+    result: Address, s3: S3Settings, target: Path, author: str = "", credit: str = FRUITS_360
+) -> list[Path]:
+    """Write `<target>.html` and `<target>.pdf`.
+
+    Parameters
+    ----------
+    result
+        Where a run has put its result: a folder or an address on S3.
+    author
+        The name on the first slide.
+    credit
+        The line below the photos: whose they are.
+
+    Raises
+    ------
+    StateError
+        When there is no run, or one that computed no features (a rerun with nothing new): the
+        slides tell how fast it was.
+    BrowserError
+        When no Chromium is found to print with.
+    """
+    run, content = read_run(open_store(result, s3), result)
+    page = _page(run, content, author, credit)
+    html, pdf = target.with_suffix(".html"), target.with_suffix(".pdf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(page)
+    print_to_pdf(html, pdf, query="print-pdf")
+    return [html, pdf]
+
+
+def read_run(store: Store, result: Address) -> tuple[dict[str, Any], Store]:
+    """Return the content of a result's run.json, and the store that it was read from."""
+    content = store.read("run.json")
+    if content is None:
+        raise StateError(
+            f"expected the result of a run in {result}, found no run.json. Make one (make demo), or "
+            "name yours: RESULT=folder or RESULT=s3a://bucket/result"
+        )
+    return json.loads(content), store
+
+
+def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
+    if not run["images_per_second"]:
+        raise StateError(
+            "expected a run that computed features, found one that had nothing new to compute; the "
+            "slides tell how fast it was. Run into a new OUTPUT and name that."
+        )
+    shares = _variance_ratio(store)
+    plots = {
+        "scree": _scree(shares, run["pca"]["k"]),
+        "cloud": _cloud(_scores(store), shares),
+        "stages": _stages(run["timings"]),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(SOURCE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(nombre=number, pourcent=percent, duree=duration, jour=day)
+    slides = environment.get_template("presentation.md.j2").render(
+        run=run,
+        auteur=author,
+        credit=credit,
+        region="eu-west-3",
+        varieties=_varieties(store),
+        shares=[float(share) for share in shares],
+        scaling=_scaling(run),
+        plot=lambda name: _image(plots[name]),
+        drawing=lambda name: _image((SOURCE / f"presentation-{name}.svg").read_bytes()),
+    )
+    shell = environment.get_template("presentation.html.j2")
+    return shell.render(run_id=run["run_id"], slides=_typeset(slides), **_reveal())
+
+
+def _typeset(text: str) -> Markup:
+    """Put the spaces and apostrophes of French print into a text."""
+    text = re.sub(r" (?=[;:?!»])", NO_BREAK, text)
+    return Markup(re.sub(r"(?<=\w)'(?=\w)", "\u2019", text))  # noqa: S704 - escaped by Jinja
+
+
+def _reveal() -> dict[str, Markup]:
+    """Return reveal.js's own files, which come inside the package sphinx-revealjs."""
+    import sphinx_revealjs
+
+    folder = Path(sphinx_revealjs.__file__).parent / "_static" / "revealjs"
+    files = {
+        "reset_css": "dist/reset.css",
+        "reveal_css": "dist/reveal.css",
+        "reveal_js": "dist/reveal.js",
+        "markdown_js": "plugin/markdown/markdown.js",
+        "notes_js": "plugin/notes/notes.js",
+    }
+    # Inside a script element, this is the only text that would end it.
+    return {
+        name: Markup((folder / file).read_text().replace("</script", r"<\/script"))  # noqa: S704
+        for name, file in files.items()
+    }
+
+
+# --- what the run left ------------------------------------------------------------------------
+
+
+def _variance_ratio(store: Store) -> np.ndarray[Any, np.dtype[np.float64]]:
+    table = pyarrow.csv.read_csv(io.BytesIO(_content(store, "explained_variance.csv")))
+    return table["ratio"].to_numpy()
+
+
+def _scores(store: Store) -> pa.Table:
+    parts = [entry.key for entry in store.list("matrix.parquet/") if ".parquet" in entry.key[15:]]
+    tables = [pq.read_table(io.BytesIO(_content(store, part))) for part in parts]
+    whole = pa.concat_tables(tables)
+    axes = [name for name in ("pc_1", "pc_2") if name in whole.column_names]
+    return whole.select(["path", "label", *axes]).sort_by("path")
+
+
+def _varieties(store: Store) -> list[dict[str, Any]]:
+    """Return each variety's name and pictures, as the run's report shows them."""
+    page = BeautifulSoup(_content(store, "report.html"), "html.parser")
+    return [
+        {
+            "name": article.h3.get_text(strip=True),
+            "pictures": [Markup(picture["src"]) for picture in article.select("img")],  # noqa: S704
+        }
+        for article in page.select("article.variety")
+        if article.h3 and article.select("img")
+    ]
+
+
+def _content(store: Store, name: str) -> bytes:
+    content = store.read(name)
+    if content is None:
+        raise StateError(f"expected {name} beside run.json, found none. Run the job again.")
+    return content
+
+
+def _scaling(run: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of what grows with the images: its name, today, ten and a hundred times."""
+    images, slots = run["counts"]["listed"], run["cluster"]["slots"]
+    dimensions, k = run["model"]["dimensions"], run["pca"]["k"]
+    seconds = images / run["images_per_second"]
+    times = (1, 10, 100)
+    hour = [f"{max(slots, int(np.ceil(slots * seconds * n / 3600)))}" for n in times]
+    return [
+        [f"passe du réseau, {slots} cœurs", *(duration(seconds * n) for n in times)],
+        ["cœurs pour finir en une heure", *hour],
+        ["caractéristiques (float32)", *(size(images * dimensions * 4 * n) for n in times)],
+        ["matrice Parquet (float64)", *(size(images * k * 8 * n) for n in times)],
+    ]
+
+
+# --- plots ------------------------------------------------------------------------------------
+
+
+def _scree(shares: np.ndarray[Any, np.dtype[np.float64]], k: int) -> Figure:
+    shown = min(len(shares), max(int(1.6 * k), 12))
+    component, kept = np.arange(1, shown + 1), np.cumsum(shares)[:shown]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 6.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(component, 100 * kept, color=REST, linewidth=3)
+        axes.plot(component[:k], 100 * kept[:k], color=ACCENT, linewidth=4)
+        axes.fill_between(component[:k], 100 * kept[:k], color=ACCENT, alpha=0.14, linewidth=0)
+        axes.plot(k, 100 * kept[k - 1], "o", color=ACCENT, markersize=12)
+        axes.set(xlim=(0.4, shown + 0.6), ylim=(0, 104))
+        axes.set_xlabel("nombre de composantes")
+        axes.set_ylabel("variance gardée, en %")
+    return figure
+
+
+def _cloud(scores: pa.Table, shares: np.ndarray[Any, np.dtype[np.float64]]) -> Figure:
+    labels = np.array([label or "" for label in scores["label"].to_pylist()])
+    names = sorted(set(labels))
+    x = scores["pc_1"].to_numpy()
+    y = scores["pc_2"].to_numpy() if "pc_2" in scores.column_names else np.zeros(len(x))
+    with rc_context(STYLE):
+        figure = Figure(figsize=WIDE, layout="constrained")
+        axes = figure.subplots()
+        for i, name in enumerate(names):
+            mine = labels == name
+            axes.scatter(
+                x[mine],
+                y[mine],
+                s=float(np.clip(40_000 / len(x), 8, 70)),
+                color=COLOURS[i % len(COLOURS)],
+                marker=outline(i).tolist(),
+                alpha=0.8,
+                linewidths=0,
+                rasterized=True,
+                label=name or "sans étiquette",
+            )
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_xlabel(f"composante 1 ({percent(float(shares[0]))})")
+        axes.set_ylabel(f"composante 2 ({percent(float(shares[1]))})")
+        figure.legend(
+            loc="outside right center",
+            ncols=1 + (len(names) > 16),
+            frameon=False,
+            fontsize=14,
+            markerscale=1.4,
+            handletextpad=0.2,
+        )
+    return figure
+
+
+def _stages(timings: Mapping[str, float]) -> Figure:
+    spent = {name: seconds for name, seconds in timings.items() if name in STAGES}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(14.0, 5.2), layout="constrained")
+        axes = figure.subplots()
+        rows = [STAGES[name] for name in spent]
+        bars = axes.barh(rows, list(spent.values()), color=REST, height=0.66)
+        bars.patches[int(np.argmax(list(spent.values())))].set_color(ACCENT)
+        texts = [duration(seconds) for seconds in spent.values()]
+        axes.bar_label(bars, texts, padding=8, fontsize=18)
+        axes.invert_yaxis()
+        axes.set_xticks([])
+        axes.tick_params(length=0, labelsize=19, labelcolor=INK)
+        axes.spines["bottom"].set_visible(False)
+        axes.margins(x=0.1)
+    return figure
+
+
+def _image(drawn: Figure | bytes) -> Markup:
+    """Return a picture that stands inside the page."""
+    if isinstance(drawn, Figure):
+        file = io.BytesIO()
+        with rc_context({**STYLE, "svg.hashsalt": "fruits"}):
+            drawn.savefig(
+                file, format="svg", dpi=200, transparent=True, metadata={"Date": None}
+            )
+        drawn = file.getvalue()
+    content = base64.b64encode(drawn).decode()
+    return Markup('<img class="drawing" alt="" src="data:image/svg+xml;base64,{}">').format(content)
+
+
+# --- figures as they are written in French ----------------------------------------------------
+
+
+def number(value: float, decimals: int = 0) -> str:
+    """Write a number: thousands apart, a comma before decimals."""
+    return f"{value:,.{decimals}f}".replace(",", NARROW).replace(".", ",")
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage."""
+    return f"{number(100 * share, 1)}{NO_BREAK}%"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes."""
+    for unit in ("o", "ko", "Mo", "Go", "To"):
+        if count < 1000 or unit == "To":
+            break
+        count /= 1000
+    return f"{number(count, int(count < 10))}{NO_BREAK}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in its two largest units."""
+    if seconds < 9.95:
+        return f"{number(seconds, 1)}{NO_BREAK}s"
+    whole = round(seconds)
+    parts = []
+    for unit, length in (("j", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, whole = divmod(whole, length)
+        if count:
+            parts.append(f"{count}{NO_BREAK}{unit}")
+    return " ".join(parts[:2])
+
+
+MONTHS = "janvier février mars avril mai juin juillet août septembre octobre novembre décembre"
+
+
+def day(moment: str) -> str:
+    """Write the day of an ISO time."""
+    when = datetime.fromisoformat(moment)
+    return f"{when.day} {MONTHS.split()[when.month - 1]} {when.year}"
