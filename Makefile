@@ -1,6 +1,6 @@
 # The two commands of a newcomer are `make demo` and `make test`; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab rehearse rehearse-down test lint bench lock clean
+.PHONY: help setup browser demo lab notebook presentation deliverables rehearse rehearse-down test lint bench lock clean
 
 IMAGES ?= $(FRUITS_IMAGES)
 WEIGHTS ?= $(FRUITS_WEIGHTS)
@@ -20,6 +20,19 @@ demo: setup ## the whole job on this machine: [IMAGES=dir] [WEIGHTS=file] [OUTPU
 lab: setup ## the notebooks in JupyterLab, with Spark and S3 on this machine: [IMAGES=dir]
 	@.venv/bin/fruits lab $(if $(IMAGES),--images "$(IMAGES)")
 
+notebook: setup ## the notebook run on this machine, kept as HTML: [IMAGES=dir] [WEIGHTS=file]
+	@.venv/bin/fruits notebook $(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+presentation: setup browser ## the slides of a run, HTML and PDF: [OUTPUT=demo-output]
+	@.venv/bin/fruits presentation --result "$(OUTPUT)"
+
+deliverables: setup browser ## what the jury gets: NAME=nom_prenom [OUTPUT=s3a://...] [NOTEBOOK=file]
+	@.venv/bin/fruits deliverables "$(NAME)" $(if $(filter command line environment,$(origin OUTPUT)),--result "$(OUTPUT)") \
+		$(if $(NOTEBOOK),--notebook "$(NOTEBOOK)")
+
+browser: # Chromium, which prints slides and tests pages; .ci/setup says what it takes where it cannot
+	@.ci/setup browser
+
 rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [IMAGES=dir] [WEIGHTS=file]
 	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) \
 		$(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
@@ -27,7 +40,7 @@ rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
-test: setup lint ## every test: [TESTS="tests/unit -k pca"]
+test: setup browser lint ## every test: [TESTS="tests/unit -k pca"]
 	@.venv/bin/python -m pytest $(TESTS)
 
 lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
@@ -53,4 +66,4 @@ lock: ## resolve every dependency anew into the lock files [UPGRADE=--upgrade]
 	.venv/bin/python -m pipeline.jars lock
 
 clean: ## remove what the demo and the tests left here
-	rm -rf .fruits demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .fruits demo-output notebook-output presentation.html presentation.pdf .pytest_cache .mypy_cache .ruff_cache .hypothesis

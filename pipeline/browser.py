@@ -37,7 +37,9 @@ def chromium(program: str | None = None) -> Iterator[Browser]:
     BrowserError
         When there is none, or it does not start.
     """
-    found = program or os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    found = (
+        program or os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    )
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(

@@ -68,6 +68,16 @@ Force = Annotated[
     bool, typer.Option("--force", help="Put the result in the place of another run's.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
+ImagesHere = Annotated[
+    Path | None,
+    typer.Option(help="A folder or .tar of images; default: FRUITS_IMAGES, else a sample."),
+]
+WeightsHere = Annotated[
+    str | None,
+    typer.Option(help="A Keras file of MobileNetV2; default: FRUITS_WEIGHTS, else Keras's."),
+]
+Result = Annotated[str, typer.Option(help="The OUTPUT of a run: a folder or s3a://...")]
+NOTEBOOK_OUTPUT = Path("notebook-output")
 
 
 @app.command()
@@ -170,14 +180,8 @@ def sample(
 
 @app.command()
 def demo(
-    images: Annotated[
-        Path | None,
-        typer.Option(help="A folder or .tar of images; default: FRUITS_IMAGES, else a sample."),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="A Keras file of MobileNetV2; default: FRUITS_WEIGHTS, else Keras's."),
-    ] = None,
+    images: ImagesHere = None,
+    weights: WeightsHere = None,
     backbone: Annotated[str | None, typer.Option(help="The network to use.")] = None,
     output: Annotated[Path, typer.Option(help="Where the result is copied.")] = Path("demo-output"),
     keep: Annotated[
@@ -191,14 +195,60 @@ def demo(
 
 @app.command()
 def lab(
-    images: Annotated[
-        Path | None,
-        typer.Option(help="A folder or .tar of images; default: FRUITS_IMAGES, else a sample."),
-    ] = None,
+    images: ImagesHere = None,
     debug: Debug = False,
 ) -> None:
     """Open the notebooks in JupyterLab on this machine, with Spark and S3 on loopback."""
     open_lab(images)
+
+
+@app.command()
+def notebook(
+    images: ImagesHere = None,
+    weights: WeightsHere = None,
+    output: Annotated[Path, typer.Option(help="Where it is kept, executed.")] = NOTEBOOK_OUTPUT,
+    debug: Debug = False,
+) -> None:
+    """Run the notebook on this machine, and keep it executed, as HTML, and with its result."""
+    from pipeline.deliverables import execute_notebook
+
+    execute_notebook(images, str(Path(weights).absolute()) if weights else None, output)
+
+
+@app.command()
+def presentation(
+    result: Result = "demo-output",
+    output: Annotated[Path, typer.Option(help="The files, without .html and .pdf.")] = Path(
+        "presentation"
+    ),
+    author: Annotated[str, typer.Option(help="The name on the first slide.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Make the slides (in French) of a run: HTML to show, PDF to hand out."""
+    from pipeline.presentation import build_presentation
+
+    s3 = S3Settings.from_spark(read_settings())
+    for file in build_presentation(Address.parse(result), s3, output, author):
+        out.print(f"Look at {file}.")
+
+
+@app.command()
+def deliverables(
+    name: Annotated[str, typer.Argument(help="nom_prenom")],
+    result: Result = str(NOTEBOOK_OUTPUT / "result"),
+    notebook: Annotated[Path, typer.Option(help="The executed notebook.")] = NOTEBOOK_OUTPUT
+    / "fruits.ipynb",
+    folder: Annotated[Path, typer.Option(help="Where P8_nom_prenom is made.")] = Path(),
+    debug: Debug = False,
+) -> None:
+    """Put together what is handed to the jury, and check it."""
+    from pipeline.deliverables import build_deliverables
+
+    s3 = S3Settings.from_spark(read_settings())
+    missed = build_deliverables(name, notebook, Address.parse(result), s3, folder)
+    out.print(f"{folder / f'P8_{name}'} is complete: notebook, images and matrix, presentation.")
+    for one in missed:
+        out.print(f"[yellow]What a jury may miss: {one}.")
 
 
 def _known(backbone: str) -> str:

@@ -78,10 +78,15 @@ class _Figures(ProgressColumn):
         if seconds and task.completed:
             parts.append(f"{task.completed / seconds:,.0f} images/s")
         if not task.finished and task.time_remaining:
-            parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
+            parts.append(f"{duration(task.time_remaining)} left")
         if task.fields["note"]:
             parts.append(task.fields["note"])
         return Text("  ".join(parts), no_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as h:mm:ss."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 @contextmanager

@@ -37,3 +37,7 @@ class ClusterError(FruitsError):
 
 class BrowserError(FruitsError):
     """No browser on this machine that could print a page."""
+
+
+class DeliverableError(FruitsError):
+    """A part of the deliverables that is missing, unfinished or not what the run says."""

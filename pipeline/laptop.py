@@ -33,7 +33,8 @@ from pipeline.storage import S3Settings
 HOST = "127.0.0.1"
 HOME = "s3a://fruits"  # where a notebook finds images and puts results
 WORKERS = 2
-WORKER_MEMORY = "1g"  # of Java; Python and the model come on top of it
+# Of Java; Python and the model come on top of it. Two applications fit: a notebook and a run.
+EXECUTOR_MEMORY, WORKER_MEMORY = "1g", "2g"
 SECONDS_TO_START = 90.0
 # On a small machine, half of the wait is six JVMs compiling code that runs once.
 QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
@@ -206,6 +207,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
     here: dict[str, object] = {
         "spark.master": master.url,
         "spark.fruits.home": HOME,
+        "spark.fruits.page": master.page,
         "spark.authenticate.secret": secrets.token_urlsafe(48),
         "spark.driver.extraClassPath": jars,
         "spark.executor.extraClassPath": jars,
@@ -214,7 +216,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         "spark.driver.memory": "1g",
         "spark.driver.extraJavaOptions": QUICK_START,
         "spark.executor.extraJavaOptions": QUICK_START,
-        "spark.executor.memory": WORKER_MEMORY,
+        "spark.executor.memory": EXECUTOR_MEMORY,
         "spark.local.dir": scratch,
         "spark.sql.warehouse.dir": scratch / "warehouse",
         "spark.hadoop.fs.s3a.buffer.dir": scratch,

@@ -79,8 +79,8 @@ def build_presentation(
     BrowserError
         When no Chromium is found to print with.
     """
-    run, content = read_run(open_store(result, s3), result)
-    page = _page(run, content, author, credit)
+    store = open_store(result, s3)
+    page = _page(_read_run(store, result), store, author, credit)
     html, pdf = target.with_suffix(".html"), target.with_suffix(".pdf")
     target.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page)
@@ -88,15 +88,15 @@ def build_presentation(
     return [html, pdf]
 
 
-def read_run(store: Store, result: Address) -> tuple[dict[str, Any], Store]:
-    """Return the content of a result's run.json, and the store that it was read from."""
+def _read_run(store: Store, result: Address) -> dict[str, Any]:
     content = store.read("run.json")
     if content is None:
         raise StateError(
             f"expected the result of a run in {result}, found no run.json. Make one (make demo), or "
             "name yours: RESULT=folder or RESULT=s3a://bucket/result"
         )
-    return json.loads(content), store
+    run: dict[str, Any] = json.loads(content)
+    return run
 
 
 def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
@@ -283,9 +283,7 @@ def _image(drawn: Figure | bytes) -> Markup:
     if isinstance(drawn, Figure):
         file = io.BytesIO()
         with rc_context({**STYLE, "svg.hashsalt": "fruits"}):
-            drawn.savefig(
-                file, format="svg", dpi=200, transparent=True, metadata={"Date": None}
-            )
+            drawn.savefig(file, format="svg", dpi=200, transparent=True, metadata={"Date": None})
         drawn = file.getvalue()
     content = base64.b64encode(drawn).decode()
     return Markup('<img class="drawing" alt="" src="data:image/svg+xml;base64,{}">').format(content)

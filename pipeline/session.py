@@ -123,5 +123,6 @@ def _standard_error_to(log: Path | None) -> Iterator[None]:
 
 
 def task_slots(spark: SparkSession) -> int:
-    """Return how many tasks the cluster runs at once."""
-    return max(1, spark.sparkContext.defaultParallelism)
+    """Return how many tasks the application runs at once, when it has all that it may have."""
+    limit = spark.sparkContext.getConf().get("spark.cores.max")
+    return int(limit) if limit else max(1, spark.sparkContext.defaultParallelism)
