@@ -1,4 +1,4 @@
-"""What is handed to the jury: the executed notebook, the images' and the matrix's whereabouts, slides.
+"""What is handed to the jury: the executed notebook, images and matrix, slides.
 
 `make notebook` and `make deliverables` call it.
 """
@@ -57,7 +57,8 @@ def execute_notebook(images: Path | None, weights: str | None, target: Path) -> 
             copy_result(open_store(RESULT_OF_NOTEBOOK, place.s3), fresh / "result")
         (fresh / "fruits.html").write_text(as_html(fresh / NOTEBOOK.name))
     out.print(
-        f"Look at {target}/fruits.html.\nNext: make deliverables NAME=nom_prenom OUTPUT={target}/result"
+        f"Look at {target}/fruits.html.\n"
+        f"Next: make deliverables NAME=nom_prenom OUTPUT={target}/result"
     )
 
 

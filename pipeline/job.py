@@ -126,6 +126,7 @@ class Job:
             listing = list_images(open_store(self.images, self.s3))
         unchanged = self._unchanged(previous, listing)
         run = unchanged or self._result(self._compute(listing), listing.ignored)
+        run["last_pass"] = run.get("last_pass") or (previous or {}).get("last_pass")
         return self._finish(run, began)
 
     def features(self) -> Run:
@@ -296,12 +297,25 @@ class Job:
                 "digest": _digest_of(state.covers),
             },
             "images_per_second": done.computed / seconds if done.computed else None,
+            "last_pass": self._speed(done),
             "versions": _versions(spark),
             "cluster": {
                 "master": spark.sparkContext.master,
                 "application": spark.sparkContext.applicationId,
                 "slots": task_slots(spark),
             },
+        }
+
+    def _speed(self, done: Pass) -> dict[str, float] | None:
+        """Return what it took to compute features, None where all of them were there."""
+        if not done.computed:
+            return None
+        seconds = self.timings["features"]
+        return {
+            "images": done.computed,
+            "seconds": seconds,
+            "images_per_second": done.computed / seconds,
+            "slots": task_slots(self.spark()),
         }
 
     def _run_id(self) -> str:

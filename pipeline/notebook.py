@@ -1,4 +1,4 @@
-"""What only a notebook needs: its share of the cluster, links to Spark's pages, progress in a cell."""
+"""What only a notebook needs: its share of the cluster, links to Spark's pages, progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.console import STAGES, duration
 from pipeline.door import PAGE_KEY, alive_workers, master_state, page_token
 from pipeline.errors import ClusterError
 from pipeline.features import Progress
-from pipeline.session import make_session, read_settings
+from pipeline.session import make_session, read_settings, task_slots
 
 # Executors that have nothing to do go after a minute and come back with the next cell: a notebook
 # that was left open holds no core. What they shuffled is kept a little longer.
@@ -50,13 +50,12 @@ def connect(share: float = 0.5, name: str = "notebook") -> SparkSession:
         When `share` is not above 0 and up to 1.
     """
     settings = read_settings()
-    spark = make_session(
-        name, settings={**share_of(_workers(settings), settings, share), **GIVE_BACK}
-    )
+    workers = _workers(settings)
+    spark = make_session(name, settings={**share_of(workers, share), **GIVE_BACK})
     shell = get_ipython()
     if shell is not None:
         shell.events.register("post_run_cell", _cancel_when_interrupted)
-    display(HTML(_links(spark, settings)))
+    _show(_links(spark, settings, sum(worker["cores"] for worker in workers)))
     return spark
 
 
@@ -84,17 +83,15 @@ def _workers(settings: Mapping[str, str]) -> list[dict[str, Any]]:
         ) from error
 
 
-def share_of(
-    workers: list[dict[str, Any]], settings: Mapping[str, str], share: float
-) -> dict[str, str]:
+def share_of(workers: list[dict[str, Any]], share: float) -> dict[str, str]:
     """Return the settings that keep an application to a share of the cluster.
 
     Parameters
     ----------
     workers
         As the master's page tells them.
-    settings
-        The cluster's; `spark.executor.memory` is that of an application that has all of it.
+    share
+        As for `connect`.
     """
     if not 0 < share <= 1:
         raise ValueError(f"expected a share above 0 and up to 1, found {share}.")
@@ -122,8 +119,8 @@ def running_page(spark: SparkSession, settings: Mapping[str, str]) -> str:
     return f"{spark.sparkContext.uiWebUrl}/jobs/"
 
 
-def _links(spark: SparkSession, settings: Mapping[str, str]) -> str:
-    context = spark.sparkContext
+def _links(spark: SparkSession, settings: Mapping[str, str], cores: int) -> str:
+    master = html.escape(str(spark.sparkContext.master))
     links = {"this application": running_page(spark, settings)}
     if settings.get("spark.ui.reverseProxy") == "true":
         links["master and workers"] = f"{settings['spark.ui.reverseProxyUrl']}/"
@@ -133,11 +130,16 @@ def _links(spark: SparkSession, settings: Mapping[str, str]) -> str:
     anchors = " · ".join(
         f'<a href="{html.escape(page)}" target="_blank">{name}</a>' for name, page in links.items()
     )
-    cores = context.getConf().get("spark.cores.max")
     return (
-        f"Spark {spark.version} at {html.escape(context.master)}, up to {cores} tasks at once"
+        f"Spark {spark.version} at {master}, up to {task_slots(spark)} of "
+        f"the cluster's {cores} cores (<code>share = 1</code> takes all)"
         f"<br>Spark's pages: {anchors}"
     )
+
+
+def _show(content: str) -> Any:
+    """Show HTML below the cell; return a handle by which it is changed."""
+    return display(HTML(content), display_id=True)  # type: ignore[no-untyped-call]
 
 
 class Cell:
@@ -146,7 +148,7 @@ class Cell:
     def __init__(self, spark: SparkSession) -> None:
         self.spark = spark
         self.rows: list[_Row] = []
-        self.shown = display(HTML(""), display_id=True)
+        self.shown = _show("")
 
     def stage(self, name: str) -> None:
         """Finish the line of the stage before and begin another."""
@@ -184,7 +186,7 @@ class Cell:
 
     def _draw(self) -> None:
         if self.shown is not None:
-            self.shown.update(HTML("".join(row.html() for row in self.rows)))
+            self.shown.update(HTML("".join(row.html() for row in self.rows)))  # type: ignore[no-untyped-call]
 
 
 class _Row:
@@ -200,7 +202,8 @@ class _Row:
     def html(self) -> str:
         seconds = (self.ended or time.monotonic()) - self.began
         mark = "…" if self.ended is None else "✗" if self.failed else "✓"
-        return f"<div>{mark} {html.escape(self.name)}, {duration(seconds)}{self._figures(seconds)}</div>"
+        told = f"{mark} {html.escape(self.name)}, {duration(seconds)}"
+        return f"<div>{told}{self._figures(seconds)}</div>"
 
     def _figures(self, seconds: float) -> str:
         progress = self.progress

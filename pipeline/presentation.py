@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,23 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from bs4 import BeautifulSoup
 from markupsafe import Markup
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure
 
 from pipeline.browser import print_to_pdf
 from pipeline.errors import StateError
-from pipeline.report import ACCENT, COLOURS, INK, LINE, NARROW, NO_BREAK, REST, SOFT, outline
+from pipeline.report import (
+    ACCENT,
+    COLOURS,
+    INK,
+    LINE,
+    NARROW,
+    NO_BREAK,
+    REST,
+    SOFT,
+    Floats,
+    outline,
+)
 from pipeline.storage import Address, S3Settings, Store, open_store
 
 SOURCE = Path("notebooks")
@@ -42,10 +54,11 @@ STAGES = {
     "matrix": "écrire la matrice",
     "report": "rapport",
 }
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 17,
     "font.family": "sans-serif",
     "svg.fonttype": "path",  # the same on every machine that shows the slides
+    "svg.hashsalt": "fruits",
     "text.color": INK,
     "text.parse_math": False,
     "axes.edgecolor": LINE,
@@ -74,8 +87,7 @@ def build_presentation(
     Raises
     ------
     StateError
-        When there is no run, or one that computed no features (a rerun with nothing new): the
-        slides tell how fast it was.
+        When there is no run, or one that does not tell how fast its features were computed.
     BrowserError
         When no Chromium is found to print with.
     """
@@ -92,18 +104,18 @@ def _read_run(store: Store, result: Address) -> dict[str, Any]:
     content = store.read("run.json")
     if content is None:
         raise StateError(
-            f"expected the result of a run in {result}, found no run.json. Make one (make demo), or "
-            "name yours: RESULT=folder or RESULT=s3a://bucket/result"
+            f"expected the result of a run in {result}, found no run.json. Make one (make "
+            "demo), or name yours: OUTPUT=folder or OUTPUT=s3a://bucket/result"
         )
     run: dict[str, Any] = json.loads(content)
     return run
 
 
 def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
-    if not run["images_per_second"]:
+    if not run.get("last_pass"):
         raise StateError(
-            "expected a run that computed features, found one that had nothing new to compute; the "
-            "slides tell how fast it was. Run into a new OUTPUT and name that."
+            "expected a run that tells how fast its features were computed, found one that found "
+            "them all there. Run into a new OUTPUT and name that."
         )
     shares = _variance_ratio(store)
     plots = {
@@ -114,7 +126,9 @@ def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SOURCE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(nombre=number, pourcent=percent, duree=duration, jour=day)
+    environment.filters.update(
+        nombre=number, pourcent=percent, duree=duration, jour=day, coeurs=cores
+    )
     slides = environment.get_template("presentation.md.j2").render(
         run=run,
         auteur=author,
@@ -158,9 +172,10 @@ def _reveal() -> dict[str, Markup]:
 # --- what the run left ------------------------------------------------------------------------
 
 
-def _variance_ratio(store: Store) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _variance_ratio(store: Store) -> Floats:
     table = pyarrow.csv.read_csv(io.BytesIO(_content(store, "explained_variance.csv")))
-    return table["ratio"].to_numpy()
+    ratio: Floats = table["ratio"].to_numpy()
+    return ratio
 
 
 def _scores(store: Store) -> pa.Table:
@@ -193,13 +208,13 @@ def _content(store: Store, name: str) -> bytes:
 
 def _scaling(run: Mapping[str, Any]) -> list[list[str]]:
     """Return rows of what grows with the images: its name, today, ten and a hundred times."""
-    images, slots = run["counts"]["listed"], run["cluster"]["slots"]
+    images, slots = run["counts"]["listed"], run["last_pass"]["slots"]
     dimensions, k = run["model"]["dimensions"], run["pca"]["k"]
-    seconds = images / run["images_per_second"]
+    seconds = images / run["last_pass"]["images_per_second"]
     times = (1, 10, 100)
     hour = [f"{max(slots, int(np.ceil(slots * seconds * n / 3600)))}" for n in times]
     return [
-        [f"passe du réseau, {slots} cœurs", *(duration(seconds * n) for n in times)],
+        [f"passe du réseau, {cores(slots)}", *(duration(seconds * n) for n in times)],
         ["cœurs pour finir en une heure", *hour],
         ["caractéristiques (float32)", *(size(images * dimensions * 4 * n) for n in times)],
         ["matrice Parquet (float64)", *(size(images * k * 8 * n) for n in times)],
@@ -209,10 +224,14 @@ def _scaling(run: Mapping[str, Any]) -> list[list[str]]:
 # --- plots ------------------------------------------------------------------------------------
 
 
-def _scree(shares: np.ndarray[Any, np.dtype[np.float64]], k: int) -> Figure:
+def _style() -> AbstractContextManager[None]:
+    return style.context(["default", STYLE])
+
+
+def _scree(shares: Floats, k: int) -> Figure:
     shown = min(len(shares), max(int(1.6 * k), 12))
     component, kept = np.arange(1, shown + 1), np.cumsum(shares)[:shown]
-    with rc_context(STYLE):
+    with _style():
         figure = Figure(figsize=(8.4, 6.4), layout="constrained")
         axes = figure.subplots()
         axes.plot(component, 100 * kept, color=REST, linewidth=3)
@@ -225,12 +244,12 @@ def _scree(shares: np.ndarray[Any, np.dtype[np.float64]], k: int) -> Figure:
     return figure
 
 
-def _cloud(scores: pa.Table, shares: np.ndarray[Any, np.dtype[np.float64]]) -> Figure:
+def _cloud(scores: pa.Table, shares: Floats) -> Figure:
     labels = np.array([label or "" for label in scores["label"].to_pylist()])
     names = sorted(set(labels))
     x = scores["pc_1"].to_numpy()
     y = scores["pc_2"].to_numpy() if "pc_2" in scores.column_names else np.zeros(len(x))
-    with rc_context(STYLE):
+    with _style():
         figure = Figure(figsize=WIDE, layout="constrained")
         axes = figure.subplots()
         for i, name in enumerate(names):
@@ -262,7 +281,7 @@ def _cloud(scores: pa.Table, shares: np.ndarray[Any, np.dtype[np.float64]]) -> F
 
 def _stages(timings: Mapping[str, float]) -> Figure:
     spent = {name: seconds for name, seconds in timings.items() if name in STAGES}
-    with rc_context(STYLE):
+    with _style():
         figure = Figure(figsize=(14.0, 5.2), layout="constrained")
         axes = figure.subplots()
         rows = [STAGES[name] for name in spent]
@@ -282,7 +301,7 @@ def _image(drawn: Figure | bytes) -> Markup:
     """Return a picture that stands inside the page."""
     if isinstance(drawn, Figure):
         file = io.BytesIO()
-        with rc_context({**STYLE, "svg.hashsalt": "fruits"}):
+        with _style():
             drawn.savefig(file, format="svg", dpi=200, transparent=True, metadata={"Date": None})
         drawn = file.getvalue()
     content = base64.b64encode(drawn).decode()
@@ -300,6 +319,11 @@ def number(value: float, decimals: int = 0) -> str:
 def percent(share: float) -> str:
     """Write a share as a percentage."""
     return f"{number(100 * share, 1)}{NO_BREAK}%"
+
+
+def cores(count: int) -> str:
+    """Write a number of cores."""
+    return f"{number(count)}{NO_BREAK}{'cœur' if count == 1 else 'cœurs'}"
 
 
 def size(count: float) -> str:
