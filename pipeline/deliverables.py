@@ -24,10 +24,10 @@ from pipeline.console import observing, out
 from pipeline.demo import copy_result, demo_images, images_named, place_with_images
 from pipeline.errors import DeliverableError, OutputTakenError
 from pipeline.matrix import RESULT
-from pipeline.presentation import build_presentation
+from pipeline.presentation import SOURCE, build_presentation
 from pipeline.storage import Address, S3Settings, open_store
 
-NOTEBOOK = Path("notebooks/fruits.ipynb")
+NOTEBOOK = SOURCE / "fruits.ipynb"
 RESULT_OF_NOTEBOOK = Address("fruits", "notebook")  # what it takes where nothing else is said
 
 
@@ -74,7 +74,7 @@ def _execute(target: Path, parameters: dict[str, str]) -> None:
         )
     except papermill.PapermillExecutionError as error:
         raise DeliverableError(
-            f"expected every cell of {NOTEBOOK} to end well, found {error.ename} in cell "
+            f"expected every cell of {NOTEBOOK.name} to end well, found {error.ename} in cell "
             f"{error.exec_count}: {error.evalue}"
         ) from error
 

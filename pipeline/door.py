@@ -88,6 +88,9 @@ def configure(
     c.ServerApp.root_dir = notebooks
     c.ServerApp.allow_remote_access = True
     c.ServerApp.quit_button = False
+    # It asks nobody on the internet for news.
+    c.LabApp.news_url = None
+    c.LabApp.check_for_updates_class = "jupyterlab.handlers.announcements.NeverCheckForUpdate"
     # Told by JupyterLab in its runtime folder only: for who watches on this host what kernels do.
     c.IdentityProvider.token = secrets.token_hex(32)
     c.PasswordIdentityProvider.hashed_password = Path(password).read_text().strip()

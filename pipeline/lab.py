@@ -12,7 +12,7 @@ from pipeline.console import observing, out
 from pipeline.demo import demo_images, images_named, place_with_images
 from pipeline.errors import ClusterError
 
-NOTEBOOKS = Path("notebooks")
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def open_lab(images: Path | None) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import math
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from IPython.core.getipython import get_ipython
@@ -18,7 +20,9 @@ from pipeline.console import STAGES, duration
 from pipeline.door import PAGE_KEY, alive_workers, master_state, page_token
 from pipeline.errors import ClusterError
 from pipeline.features import Progress
+from pipeline.place import fetch_weights
 from pipeline.session import make_session, read_settings, task_slots
+from pipeline.storage import Address, S3Settings, open_store
 
 # Executors that have nothing to do go after a minute and come back with the next cell: a notebook
 # that was left open holds no core. What they shuffled is kept a little longer.
@@ -109,6 +113,28 @@ def share_of(workers: list[dict[str, Any]], share: float) -> dict[str, str]:
 
 
 SMALLEST_EXECUTOR_MB = 512  # Spark refuses less than 450
+
+
+def weights_in(home: str, given: str, s3: S3Settings) -> str | None:
+    """Return a local file of weights, None where the bucket has none to choose.
+
+    Parameters
+    ----------
+    home
+        Where the cluster keeps things; its `weights/` is looked at when nothing is given.
+    given
+        A file or an address on S3; empty takes the only `.h5` file of `weights/`.
+    """
+    if not given:
+        below = Address.parse(f"{home}/weights")
+        found = [entry.key for entry in open_store(below, s3).list() if entry.key.endswith(".h5")]
+        if len(found) != 1:
+            return None
+        given = str(below / found[0])
+    if "://" not in given:
+        return given
+    scratch = tempfile.mkdtemp(prefix="fruits-")
+    return str(fetch_weights(Address.parse(given), s3, Path(scratch)))
 
 
 def running_page(spark: SparkSession, settings: Mapping[str, str]) -> str:

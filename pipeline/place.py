@@ -110,15 +110,25 @@ def _fetched(weights: str | None, place: Place) -> str | None:
     """Return a local name for weights; those on S3 are fetched for the time of the run."""
     if weights is None or "://" not in weights:
         return weights
-    address = Address.parse(weights)
-    folder, _, name = address.path.rpartition("/")
-    content = open_store(Address(address.bucket, folder), place.s3).read(name)
-    if content is None:
-        raise StorageError(f"expected weights at {weights}, found none; check --weights.")
     scratch = place.stack.enter_context(tempfile.TemporaryDirectory(prefix="fruits-"))
-    file = Path(scratch) / name
+    return str(fetch_weights(Address.parse(weights), place.s3, Path(scratch)))
+
+
+def fetch_weights(address: Address, s3: S3Settings, folder: Path) -> Path:
+    """Copy weights from S3 into a folder.
+
+    Raises
+    ------
+    StorageError
+        When there are none.
+    """
+    place, _, name = address.path.rpartition("/")
+    content = open_store(Address(address.bucket, place), s3).read(name)
+    if content is None:
+        raise StorageError(f"expected weights at {address}, found none; check --weights.")
+    file = folder / name
     file.write_bytes(content)
-    return str(file)
+    return file
 
 
 def make_job_of_table(

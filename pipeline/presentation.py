@@ -42,7 +42,7 @@ from pipeline.report import (
 )
 from pipeline.storage import Address, S3Settings, Store, open_store
 
-SOURCE = Path("notebooks")
+SOURCE = Path(__file__).parents[1] / "notebooks"
 WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
 FRUITS_360 = "Photos : Fruits-360, Mihai Oltean, CC BY-SA 4.0."
 STAGES = {

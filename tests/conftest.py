@@ -8,6 +8,7 @@ import sys
 import tarfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,19 +86,22 @@ def real_weights() -> Path:
 Fruits = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def run_fruits(
+    folder: Path, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command `fruits` in a folder, as a user does, and return what it did."""
+    command = Path(sys.executable).with_name("fruits")
+    return subprocess.run(
+        [str(command), *map(str, arguments)],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.fixture
 def fruits(tmp_path: Path) -> Fruits:
-    """Run the command `fruits` as a process, as a user does, and return what it did."""
-
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = Path(sys.executable).with_name("fruits")
-        return subprocess.run(
-            [str(command), *map(str, arguments)],
-            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    return run
+    """The command `fruits` in a folder of the test's own."""
+    return partial(run_fruits, tmp_path)

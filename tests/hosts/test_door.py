@@ -1,0 +1,185 @@
+"""The analyst's day, from a browser that reaches nothing but the door."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, expect
+
+from pipeline.browser import chromium
+from tests.hosts.cluster import Work, on, secrets_of
+from tests.hosts.rehearsal import Rehearsal
+
+pytestmark = pytest.mark.timeout(900)
+
+SECOND = 1000  # Playwright counts milliseconds
+NOTEBOOK = "fruits.ipynb"
+
+
+@pytest.fixture(scope="module")
+def door(converged: Rehearsal) -> str:
+    return f"https://{converged.machines.hosts['master'].address}:8443"
+
+
+@pytest.fixture(scope="module")
+def outside(
+    converged: Rehearsal, door: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BrowserContext]:
+    """A browser in a network namespace of its own, whose only way leads to the hosts."""
+    converged.machines.outsider()
+    program = tmp_path_factory.mktemp("browser") / "chromium"
+    namespace = converged.machines.network.namespace("outsider")
+    program.write_text(f'#!/bin/sh\nexec ip netns exec {namespace} chromium "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    with chromium(str(program)) as browser:
+        context = browser.new_context(
+            base_url=door, ignore_https_errors=True, viewport={"width": 1400, "height": 900}
+        )
+        context.set_default_timeout(60 * SECOND)
+        yield context
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a screenshot of each step is kept."""
+    return tmp_path_factory.mktemp("pictures-of-the-door")
+
+
+@pytest.fixture(scope="module")
+def inside(outside: BrowserContext, converged: Rehearsal, pictures: Path) -> BrowserContext:
+    """The same browser, logged in."""
+    page = outside.new_page()
+    page.goto("/lab")
+    log_in(page, "not-the-password")
+    expect(page.get_by_text("Invalid credentials")).to_be_visible()
+    page.screenshot(path=pictures / "1-wrong-password.png")
+    log_in(page, secrets_of(converged)["password"])
+    expect(page.get_by_role("button", name="Spark master and workers")).to_be_visible()
+    page.screenshot(path=pictures / "2-launcher.png")
+    page.close()
+    return outside
+
+
+def log_in(page: Page, password: str) -> None:
+    page.locator("input[type=password]").fill(password)
+    page.get_by_role("button", name="Log in").click()
+
+
+def content(page: Page) -> list[dict]:
+    """Return the code cells of the notebook as JupyterLab last saved it."""
+    answer = page.request.get(f"/api/contents/{NOTEBOOK}")
+    cells = answer.json()["content"]["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code" and cell["source"]]
+
+
+def run_all(page: Page) -> None:
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+
+
+def save(page: Page) -> list[dict]:
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(2 * SECOND)
+    return content(page)
+
+
+@pytest.fixture(scope="module")
+def analysed(inside: BrowserContext, work: Work, pictures: Path) -> dict:
+    """What the notebook held when all its cells had run, and what was seen meanwhile."""
+    page = inside.new_page()
+    page.goto(f"/lab/tree/{NOTEBOOK}")
+    expect(page.get_by_role("heading", name="From fruit photos to a matrix")).to_be_visible()
+    run_all(page)
+    link = page.get_by_role("link", name="this application")
+    link.wait_for(timeout=120 * SECOND)
+    address = link.get_attribute("href")
+    assert address
+    page.get_by_text(re.compile(r"\d+ of 120 images")).first.wait_for(timeout=240 * SECOND)
+    page.screenshot(path=pictures / "3-notebook.png")
+
+    spark = inside.new_page()
+    spark.goto(address)
+    spark.screenshot(path=pictures / "4-application.png", full_page=True)
+    spark.goto(address.replace("/jobs/", "/executors/"))
+    spark.locator("#active-executors-table").wait_for()
+    spark.wait_for_timeout(2 * SECOND)
+    executors = spark.locator("#active-executors-table").inner_text()
+    spark.screenshot(path=pictures / "5-executors.png", full_page=True)
+    spark.close()
+
+    page.get_by_text("it stays in Spark's history").wait_for(timeout=300 * SECOND)
+    for _ in range(60):
+        cells = save(page)
+        if cells[-1]["execution_count"] is not None:
+            break
+        page.wait_for_timeout(3 * SECOND)
+    page.screenshot(path=pictures / "6-end.png")
+    page.close()
+    return {"cells": cells, "address": address, "executors": executors}
+
+
+def test_every_cell_ends_well_and_the_plots_are_there(analysed: dict) -> None:
+    cells = analysed["cells"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"], outputs
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 7
+
+
+def test_the_applications_page_is_reached_from_the_notebook_and_shows_both_workers(
+    analysed: dict, converged: Rehearsal
+) -> None:
+    assert re.fullmatch(r"/spark/proxy/app-[0-9-]+/jobs/", analysed["address"])
+    for worker in ("worker1", "worker2"):
+        assert converged.machines.hosts[worker].address in analysed["executors"]
+
+
+def test_the_matrix_is_on_s3(analysed: dict, work: Work) -> None:
+    run = work.report("notebook")
+    assert run["counts"]["features"] == run["counts"]["listed"] > 0
+    assert run["counts"]["computed"] > run["counts"]["reused"] > 0
+
+
+def test_the_history_shows_the_finished_application(
+    analysed: dict, inside: BrowserContext, pictures: Path
+) -> None:
+    application = analysed["address"].split("/")[3]
+    page = inside.new_page()
+    for _ in range(20):
+        page.goto("/spark-history/")
+        page.wait_for_timeout(3 * SECOND)
+        if page.get_by_text(application).count():
+            break
+    page.screenshot(path=pictures / "7-history.png")
+    page.get_by_text(application).first.click()
+    expect(page.get_by_text("Completed Jobs").first).to_be_visible()
+    assert page.url.startswith(str(page.evaluate("location.origin")))
+    page.close()
+
+
+def test_every_link_of_the_masters_page_works_through_the_door(
+    inside: BrowserContext, analysed: dict, door: str, pictures: Path
+) -> None:
+    page = inside.new_page()
+    page.goto("/spark/")
+    page.screenshot(path=pictures / "8-master.png", full_page=True)
+    hrefs = page.eval_on_selector_all("a[href]", "links => links.map(link => link.href)")
+    here = {href.partition("#")[0] for href in hrefs if not href.startswith("javascript:")}
+    assert len([href for href in here if "/proxy/worker-" in href]) == 2
+    for href in sorted(here):
+        assert href.startswith(door), href
+        answer = page.request.get(href)
+        assert answer.status == 200, href
+        assert answer.url.startswith(door), answer.url
+    page.close()
+
+
+def test_the_pictures_are_kept(analysed: dict, pictures: Path, converged: Rehearsal) -> None:
+    kept = sorted(file.name for file in pictures.glob("*.png"))
+    assert len(kept) == 8, json.dumps(kept)
+    on(converged, "master", "rm -rf /var/lib/fruits/analyst/notebooks/.ipynb_checkpoints")

@@ -1,0 +1,155 @@
+"""What a notebook's application does for others: it shares, gives back, and stops when told to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import Empty
+from typing import Any
+
+import pytest
+from jupyter_client import KernelManager
+from jupyter_client.blocking import BlockingKernelClient
+
+from pipeline.door import master_state
+from pipeline.errors import ClusterError
+from pipeline.laptop import Loopback
+from pipeline.notebook import SMALLEST_EXECUTOR_MB, connect, share_of
+from tests.s3.test_loopback_safety import eventually
+
+WORKERS = [{"cores": 4, "memory": 6000}, {"cores": 4, "memory": 5000}]
+
+
+def test_a_share_is_of_all_cores_and_of_the_smallest_workers_memory() -> None:
+    assert share_of(WORKERS, 0.5) == {
+        "spark.cores.max": "4",
+        "spark.executor.memory": "2500m",
+    }
+    assert share_of(WORKERS, 1)["spark.cores.max"] == "8"
+    least = share_of(WORKERS, 0.01)
+    assert least == {
+        "spark.cores.max": "1",
+        "spark.executor.memory": f"{SMALLEST_EXECUTOR_MB}m",
+    }
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and up to 1"):
+        share_of(WORKERS, share)
+
+
+def test_without_workers_or_a_cluster_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match="at least one worker"):
+        share_of([], 0.5)
+    monkeypatch.delenv("SPARK_CONF_DIR", raising=False)
+    with pytest.raises(ClusterError, match="make lab"):
+        connect()
+
+
+# Two jobs, with a pause between them in which the executors have nothing to do.
+ANALYST = """
+import sys, time
+import pipeline.notebook as notebook
+notebook.GIVE_BACK["spark.dynamicAllocation.executorIdleTimeout"] = "3s"
+spark = notebook.connect(name=sys.argv[1])
+def slow(number):
+    time.sleep(0.5)
+    return number
+for _ in range(2):
+    assert spark.sparkContext.parallelize(range(20), 20).map(slow).sum() == 190
+    print("done", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def analyst(name: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", ANALYST, name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
+        text=True,
+    ) as running:
+        yield running
+
+
+def cores_of(cluster: Loopback) -> dict[str, int]:
+    applications = master_state(cluster.pages["master"])["activeapps"]
+    return {
+        application["name"]: application["cores"]
+        for application in applications
+        if application["name"] in ("anne", "bob")
+    }
+
+
+def test_two_notebooks_run_at_once_and_one_left_open_holds_no_core(cluster: Loopback) -> None:
+    with analyst("anne") as anne, analyst("bob") as bob:
+        assert eventually(lambda: cores_of(cluster) == {"anne": 1, "bob": 1}, 90), cores_of(cluster)
+        for one in (anne, bob):
+            assert one.stdin
+            assert one.stdout
+            while "done" not in (line := one.stdout.readline()):
+                assert line, "ended without a word"
+        assert eventually(lambda: cores_of(cluster) == {"anne": 0, "bob": 0}, 60), cores_of(cluster)
+        assert bob.stdin
+        bob.stdin.write("go on\n")
+        bob.stdin.flush()
+        assert bob.stdout
+        assert "done" in bob.stdout.readline()
+        for one in (anne, bob):
+            one.kill()
+
+
+@pytest.fixture
+def kernel(cluster: Loopback) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env=os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def answer(client: BlockingKernelClient, message: str, seconds: float = 90) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            reply = client.get_shell_msg(timeout=5)
+        except Empty:
+            continue
+        if reply["parent_header"].get("msg_id") == message:
+            return dict(reply["content"])
+    raise AssertionError(f"no answer within {seconds:.0f} s")
+
+
+def test_an_interrupted_cell_ends_its_job_and_the_next_one_runs(
+    kernel: tuple[KernelManager, BlockingKernelClient],
+) -> None:
+    manager, client = kernel
+    begin = "from pipeline.notebook import connect; import time; spark = connect()"
+    assert answer(client, client.execute(begin))["status"] == "ok"
+    slow = "spark.sparkContext.parallelize(range(4), 4).map(lambda n: time.sleep(100)).count()"
+    running = client.execute(slow)
+    time.sleep(12)
+    manager.interrupt_kernel()
+    stopped = answer(client, running)
+    assert stopped["status"] == "error"
+    assert stopped["ename"] in ("KeyboardInterrupt", "Py4JJavaError")
+    after = (
+        "deadline = time.monotonic() + 20\n"
+        "tracker = spark.sparkContext.statusTracker()\n"
+        "while tracker.getActiveJobsIds() and time.monotonic() < deadline: time.sleep(0.5)\n"
+        "assert not tracker.getActiveJobsIds()\n"
+        "assert spark.range(10).count() == 10"
+    )
+    done = answer(client, client.execute(after))
+    assert done["status"] == "ok", done
