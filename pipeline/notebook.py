@@ -14,6 +14,7 @@ from typing import Any
 from IPython.core.getipython import get_ipython
 from IPython.core.interactiveshell import ExecutionResult
 from IPython.display import HTML, display
+from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from pipeline.console import STAGES, duration
@@ -65,10 +66,11 @@ def connect(share: float = 0.5, name: str = "notebook") -> SparkSession:
 
 def _cancel_when_interrupted(result: ExecutionResult) -> None:
     # PySpark cancels on Ctrl-C in a script; the kernel has put its own handler in the place of its.
-    if isinstance(result.error_in_exec, KeyboardInterrupt):
-        session = SparkSession.getActiveSession()
-        if session is not None:
-            session.sparkContext.cancelAllJobs()
+    # (The session of this thread is not known after an interruption: PySpark talks to another of
+    # the JVM's threads from then on.)
+    context = SparkContext._active_spark_context
+    if isinstance(result.error_in_exec, KeyboardInterrupt) and context is not None:
+        context.cancelAllJobs()
 
 
 def _workers(settings: Mapping[str, str]) -> list[dict[str, Any]]:
