@@ -33,7 +33,7 @@ TITLES = {
     RUNNING: "Running application",
     "spark-history": "Spark history",
 }
-ICON = Path(__file__).with_name("templates") / "spark-page.svg"
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def page_token(key: str) -> str:
@@ -88,13 +88,16 @@ def configure(
     c.ServerApp.root_dir = notebooks
     c.ServerApp.allow_remote_access = True
     c.ServerApp.quit_button = False
-    # It asks nobody on the internet for news.
-    c.LabApp.news_url = None
+    c.ServerApp.extra_template_paths = [str(TEMPLATES / "jupyter")]
+    # Kernels talk to it over sockets in its runtime folder, not over ports that any user reaches.
+    c.KernelManager.transport = "ipc"
+    # It asks nobody on the internet for its updates.
     c.LabApp.check_for_updates_class = "jupyterlab.handlers.announcements.NeverCheckForUpdate"
     # Told by JupyterLab in its runtime folder only: for who watches on this host what kernels do.
     c.IdentityProvider.token = secrets.token_hex(32)
     c.PasswordIdentityProvider.hashed_password = Path(password).read_text().strip()
     c.PasswordIdentityProvider.password_required = True
+    c.PasswordIdentityProvider.allow_password_change = False  # the admin's playbook keeps it
     c.IdentityProvider.cookie_options = {"SameSite": "Strict"}
     token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
     c.ServerProxy.servers = {
@@ -121,7 +124,7 @@ def _launcher_entry(name: str) -> dict[str, str]:
     return {
         "title": TITLES[name],
         "path_info": f"{name}/",
-        "icon_path": str(ICON),
+        "icon_path": str(TEMPLATES / "spark-page.svg"),
         "category": "Notebook",  # JupyterLab shows icons for this one only
     }
 
