@@ -245,6 +245,6 @@ class _Row:
             told.append(f"{duration((progress.total - progress.done) / speed)} left")
         told.append(f"{progress.quarantined:,} in quarantine")
         if self.ended is None:
-            told += [f"{host}: {count} tasks" for host, count in self.tasks.items()]
+            told += [f"{host}: {count} running" for host, count in self.tasks.items()]
         bar = f'<progress value="{progress.done}" max="{progress.total}"></progress>'
         return f" {bar} {html.escape(' · '.join(told))}"
