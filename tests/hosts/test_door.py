@@ -143,7 +143,8 @@ def analysed(inside: BrowserContext, work: Work, pictures: Path) -> dict:
     deadline = time.monotonic() + 400
     while cells[-1]["execution_count"] is None and time.monotonic() < deadline:
         cells = save(page)
-    scroll_to(page, page.get_by_text("Each photo is a point in the plane"), seconds=60)
+    page.evaluate(SCROLL, 100_000)
+    page.wait_for_timeout(2 * SECOND)
     page.screenshot(path=pictures / "6-end.png")
     page.close()
     return {"cells": cells, "address": address, "executors": executors}
