@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from pipeline.demo import copy_result, demo_images, images_named, place_with_ima
 from pipeline.errors import DeliverableError, OutputTakenError
 from pipeline.matrix import RESULT
 from pipeline.presentation import SOURCE, build_presentation
-from pipeline.storage import Address, S3Settings, open_store
+from pipeline.storage import Address, S3Settings, Store, open_store, replacing
 
 NOTEBOOK = SOURCE / "fruits.ipynb"
 RESULT_OF_NOTEBOOK = Address("fruits", "notebook")  # what it takes where nothing else is said
@@ -48,8 +46,8 @@ def execute_notebook(images: Path | None, weights: str | None, target: Path) -> 
     DeliverableError
         When a cell fails; the message names it.
     """
-    parts = ("fruits.", "result")
-    with demo_images(images or images_named()) as (folder, told), _folder(target, parts) as fresh:
+    _check_ours(target, ("fruits.", "result"))
+    with demo_images(images or images_named()) as (folder, told), replacing(target) as fresh:
         out.print(f"Images from {told}.")
         with observing() as observer, place_with_images(folder, observer) as place:
             observer.stage("Running the notebook")
@@ -109,29 +107,33 @@ def build_deliverables(
     DeliverableError
         When a part cannot be made; all such parts are named, and nothing is written.
     """
-    absent = list(_absent(name, notebook, result, s3))
+    store = open_store(result, s3)
+    absent = list(_absent(name, notebook, store))
     if absent:
         raise DeliverableError(
             "\n".join(["the deliverables lack:", *(f"- {one}" for one in absent)])
         )
     target = folder / f"P8_{name}"
-    with _folder(target, ("P8_",)) as fresh:
+    _check_ours(target, ("P8_",))
+    with replacing(target) as fresh:
         copy = fresh / f"P8_01_notebook_{name}.ipynb"
         shutil.copy(notebook, copy)
         copy.with_suffix(".html").write_text(as_html(notebook))
         images = fresh / f"P8_02_images_{name}"
-        copy_result(open_store(result, s3), images / "result")
-        run = json.loads((images / "result" / "run.json").read_text())
-        check_matrix(images / "result", run)
-        manifest = _manifest(images / "result", run)
+        copied = images / "result"
+        copy_result(store, copied)
+        run = json.loads((copied / "run.json").read_text())
+        check_matrix(copied, run)
+        manifest = _manifest(copied, run)
         (images / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
         (images / "README.txt").write_text(_addresses(run))
         slides = fresh / f"P8_03_presentation_{name}"
-        build_presentation(result, s3, slides, author=name.replace("_", " ").title())
+        here = Address.parse(str(copied))
+        build_presentation(here, S3Settings(), slides, author=name.replace("_", " ").title())
     return list(_weaknesses(run))
 
 
-def _absent(name: str, notebook: Path, result: Address, s3: S3Settings) -> Iterator[str]:
+def _absent(name: str, notebook: Path, store: Store) -> Iterator[str]:
     if not name.replace("_", "").replace("-", "").isalnum() or "_" not in name:
         yield f"a name: expected NAME=nom_prenom, found {name!r}"
     if notebook.exists():
@@ -141,15 +143,14 @@ def _absent(name: str, notebook: Path, result: Address, s3: S3Settings) -> Itera
             f"the executed notebook: expected it at {notebook}, found none. Make one (make "
             "notebook), or download yours from JupyterLab and name it: NOTEBOOK=file.ipynb"
         )
-    store = open_store(result, s3)
     if store.read("run.json") is None:
         yield (
-            f"the result of a run: expected run.json in {result}, found none. Name yours: "
+            f"the result of a run: expected run.json in {store.address}, found none. Name yours: "
             "OUTPUT=s3a://bucket/result"
         )
     else:
         parts = [part for part in RESULT if not any(store.list(part))]
-        yield from (f"{part}: not in {result}. Run the job again" for part in parts)
+        yield from (f"{part}: not in {store.address}. Run the job again" for part in parts)
 
 
 def _unfinished(notebook: Path) -> Iterator[str]:
@@ -216,32 +217,14 @@ def _weaknesses(run: dict[str, Any]) -> Iterator[str]:
         yield f"{run['counts']['quarantined']} images are in quarantine; say why (quarantine.csv)"
 
 
-@contextmanager
-def _folder(target: Path, ours: tuple[str, ...]) -> Iterator[Path]:
-    """Fill a new folder, which takes the place of an earlier one once it is complete.
-
-    Raises
-    ------
-    OutputTakenError
-        When the earlier one holds anything whose name does not begin as one of `ours`.
-    """
-    if target.exists():
-        foreign = [file.name for file in target.iterdir() if not file.name.startswith(ours)]
-        if foreign:
-            raise OutputTakenError(
-                f"{target} holds something else ({foreign[0]}). Choose another folder."
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}-"))
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=fresh.parent, prefix=f".{target.name}-old-"))
-            target.rename(old / target.name)
-            fresh.rename(target)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+def _check_ours(target: Path, ours: tuple[str, ...]) -> None:
+    """Make sure that a folder is free, or holds only names that begin as one of `ours`."""
+    foreign = [
+        file.name
+        for file in (target.iterdir() if target.exists() else ())
+        if not file.name.startswith(ours)
+    ]
+    if foreign:
+        raise OutputTakenError(
+            f"{target} holds something else ({foreign[0]}). Choose another folder."
+        )

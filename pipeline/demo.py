@@ -7,7 +7,6 @@ and the result is copied to a folder to be looked at.
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pipeline.images import is_image
 from pipeline.matrix import RESULT
 from pipeline.place import Place, make_job, open_place
 from pipeline.sample import render_sample
-from pipeline.storage import Address, BucketStore, S3Settings, Store, open_store
+from pipeline.storage import Address, BucketStore, S3Settings, Store, open_store, replacing
 from pipeline.upload import upload
 
 SOURCE, TARGET = Address("fruits", "images"), Address("fruits", "result")
@@ -206,22 +205,9 @@ def check_target(folder: Path) -> None:
 
 def copy_result(source: Store, folder: Path) -> None:
     """Copy a result (all but the features) to a folder, which appears whole or not at all."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with replacing(folder) as fresh:
         for name in (*RESULT, "run.json"):
             for entry in source.list(name):
                 file = fresh / entry.key
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(source.read(entry.key) or b"")
-        fresh.chmod(0o755)
-        if folder.exists():
-            old = fresh.with_name(f"{fresh.name}-old")
-            folder.rename(old)
-            fresh.rename(folder)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -276,7 +276,7 @@ class Job:
     ) -> Run:
         spark = self.spark()
         labels = Counter(label or "" for label in good["label"].to_pylist())
-        seconds = self.timings.get("features", 0.0)
+        speed = self._speed(done)
         fit = "full" if rows_read == good.num_rows else "grown" if rows_read else "unchanged"
         return {
             "run_id": self._run_id(),
@@ -296,8 +296,8 @@ class Job:
                 "rows_read": rows_read,
                 "digest": _digest_of(state.covers),
             },
-            "images_per_second": done.computed / seconds if done.computed else None,
-            "last_pass": self._speed(done),
+            "images_per_second": speed and speed["images_per_second"],
+            "last_pass": speed,
             "versions": _versions(spark),
             "cluster": {
                 "master": spark.sparkContext.master,

@@ -139,22 +139,21 @@ def weights_in(home: str, given: str, s3: S3Settings) -> str | None:
     return str(fetch_weights(Address.parse(given), s3, Path(scratch)))
 
 
-def running_page(spark: SparkSession, settings: Mapping[str, str]) -> str:
-    """Return the address of this application's page, as a browser reaches it."""
+def _links(spark: SparkSession, settings: Mapping[str, str], cores: int) -> str:
+    """Tell what the application has, and link to Spark's pages as a browser reaches them."""
+    master = html.escape(str(spark.sparkContext.master))
     if settings.get("spark.ui.reverseProxy") == "true":
         door = settings["spark.ui.reverseProxyUrl"]
-        return f"{door}/proxy/{spark.sparkContext.applicationId}/jobs/"
-    return f"{spark.sparkContext.uiWebUrl}/jobs/"
-
-
-def _links(spark: SparkSession, settings: Mapping[str, str], cores: int) -> str:
-    master = html.escape(str(spark.sparkContext.master))
-    links = {"this application": running_page(spark, settings)}
-    if settings.get("spark.ui.reverseProxy") == "true":
-        links["master and workers"] = f"{settings['spark.ui.reverseProxyUrl']}/"
-        links["history"] = f"{settings['spark.master.ui.historyServerUrl']}/"
+        links = {
+            "this application": f"{door}/proxy/{spark.sparkContext.applicationId}/jobs/",
+            "master and workers": f"{door}/",
+            "history": f"{settings['spark.master.ui.historyServerUrl']}/",
+        }
     else:
-        links["master and workers"] = settings["spark.fruits.page"]
+        links = {
+            "this application": f"{spark.sparkContext.uiWebUrl}/jobs/",
+            "master and workers": settings["spark.fruits.page"],
+        }
     anchors = " · ".join(
         f'<a href="{html.escape(page)}" target="_blank">{name}</a>' for name, page in links.items()
     )

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+import sphinx_revealjs
 from bs4 import BeautifulSoup
 from markupsafe import Markup
 from matplotlib import style
@@ -133,7 +134,6 @@ def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
         run=run,
         auteur=author,
         credit=credit,
-        region="eu-west-3",
         varieties=_varieties(store),
         shares=[float(share) for share in shares],
         scaling=_scaling(run),
@@ -152,8 +152,6 @@ def _typeset(text: str) -> Markup:
 
 def _reveal() -> dict[str, Markup]:
     """Return reveal.js's own files, which come inside the package sphinx-revealjs."""
-    import sphinx_revealjs
-
     folder = Path(sphinx_revealjs.__file__).parent / "_static" / "revealjs"
     files = {
         "reset_css": "dist/reset.css",
@@ -179,7 +177,7 @@ def _variance_ratio(store: Store) -> Floats:
 
 
 def _scores(store: Store) -> pa.Table:
-    parts = [entry.key for entry in store.list("matrix.parquet/") if ".parquet" in entry.key[15:]]
+    parts = [entry.key for entry in store.list("matrix.parquet/") if entry.key.endswith(".parquet")]
     tables = [pq.read_table(io.BytesIO(_content(store, part))) for part in parts]
     whole = pa.concat_tables(tables)
     axes = [name for name in ("pc_1", "pc_2") if name in whole.column_names]

@@ -209,6 +209,26 @@ class FolderStore:
                 target.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to fill, which takes the place of `folder` once it is complete."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        if folder.exists():
+            old = fresh.with_name(f"{fresh.name}-old")
+            folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
 def _status(file: Path) -> os.stat_result | None:
     """Return a file's status, that of the link itself if it leads nowhere, None for a gone file."""
     with suppress(OSError):
