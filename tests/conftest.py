@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
 from pipeline.laptop import Loopback, loopback_cluster
@@ -20,6 +22,23 @@ from pipeline.session import make_session
 from pipeline.storage import Address, BucketStore
 
 PROJECT = Path(__file__).parent.parent
+
+
+class FolderScheduling(LoadScopeScheduling):
+    """Run the tests on hosts, those of EC2 and those on loopback beside each other.
+
+    Within each of these, tests share servers and follow one another. Tests on hosts wait more than
+    they compute: the others fill the cores meanwhile.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = nodeid.split("/")[1]
+        return folder if folder in ("aws", "hosts") else "loopback"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FolderScheduling:
+    """Take the place of xdist's own, which know no folders."""
+    return FolderScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,8 @@ time.sleep(600)
 """
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 STARTER = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run under nohup
 guard = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 time.sleep(600)
 """
