@@ -41,7 +41,7 @@ rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
 test: setup browser lint ## every test: [TESTS="tests/unit -k pca"]
-	@.venv/bin/python -m pytest $(or $(TESTS),--numprocesses 2)
+	@.venv/bin/python -m pytest $(or $(TESTS),--numprocesses 2 --no-loadscope-reorder)
 
 lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

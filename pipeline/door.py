@@ -64,7 +64,7 @@ def configure(
     certificate: str,
     key: str,
     password: str,
-    settings: str,
+    page_key: str,
     pages: Mapping[str, int],
     notebooks: str,
 ) -> None:
@@ -72,10 +72,8 @@ def configure(
 
     Parameters
     ----------
-    certificate, key, password
-        Files: the two of TLS, and the hash that `password` keeps.
-    settings
-        The cluster's spark-defaults.conf.
+    certificate, key, password, page_key
+        Files: the two of TLS, the hash that `keep_password` writes, the key of Spark's pages.
     pages
         Ports of Spark's pages on loopback, by the path that they get.
     """
@@ -99,7 +97,7 @@ def configure(
     c.PasswordIdentityProvider.password_required = True
     c.PasswordIdentityProvider.allow_password_change = False  # the admin's playbook keeps it
     c.IdentityProvider.cookie_options = {"SameSite": "Strict"}
-    token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
+    token = page_token(Path(page_key).read_text().strip())
     c.ServerProxy.servers = {
         **{name: _page(name, port, token) for name, port in pages.items()},
         RUNNING: {"launcher_entry": _launcher_entry(RUNNING), "new_browser_tab": True},

@@ -27,8 +27,8 @@ PROJECT = Path(__file__).parent.parent
 class FolderScheduling(LoadScopeScheduling):
     """Run the tests on hosts, those of EC2 and those on loopback beside each other.
 
-    Within each of these, tests share servers and follow one another. Tests on hosts wait more than
-    they compute: the others fill the cores meanwhile.
+    Within each of these, tests share servers and follow one another. Tests on hosts take longest,
+    and wait more than they compute: the others fill the cores meanwhile.
     """
 
     def _split_scope(self, nodeid: str) -> str:

@@ -212,13 +212,14 @@ def test_a_real_jupyterlab_tells_what_its_kernels_do(
         capture_output=True,
     )
     (tmp_path / "password").write_text(passwd("correct horse"))
+    (tmp_path / "page-key").write_text("k" * 64)
     port = free_port()
     config = tmp_path / "jupyter_server_config.py"
     config.write_text(
         "from pipeline.door import configure\n"
         f"configure(c, port={port}, certificate={str(tmp_path / 'cert.pem')!r},"
         f" key={str(tmp_path / 'key.pem')!r}, password={str(tmp_path / 'password')!r},"
-        f" settings={settings['spark_settings']!r}, pages={{'spark': 8080}},"
+        f" page_key={str(tmp_path / 'page-key')!r}, pages={{'spark': 8080}},"
         f" notebooks={str(tmp_path)!r})\n"
         "c.ServerApp.ip = '127.0.0.1'\nc.ServerApp.open_browser = False\n"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hosts.cluster import changed, eventually, on, secrets_of, workers_alive
+from tests.hosts.cluster import SERVICES, changed, eventually, on, secrets_of, workers_alive
 from tests.hosts.rehearsal import Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
@@ -63,15 +63,31 @@ def rounds(converged: Rehearsal) -> Iterator[subprocess.Popen[str]]:
     assert running.returncode == 0
 
 
+def starts(rehearsal: Rehearsal) -> dict[str, str]:
+    """Return when Spark was started on each host."""
+    property_of = "systemctl show --property ExecMainStartTimestampMonotonic --value"
+    return {
+        host: on(rehearsal, host, f"{property_of} {services[0]}")
+        for host, services in SERVICES.items()
+    }
+
+
 def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
     converged: Rehearsal, rounds: object, tmp_path: Path
 ) -> None:
+    # A run was cut off after it had written the settings of two hosts and before any restart.
+    written = "sed -i 's/^spark.port.maxRetries .*16$/spark.port.maxRetries                     17/'"
+    for host in ("master", "worker1"):
+        on(converged, host, f"{written} /etc/fruits/spark/spark-defaults.conf")
+    before = starts(converged)
     content = yaml.safe_load(converged.inventory.read_text())
     content["all"]["vars"]["cluster_port_tries"] = 17
     inventory = tmp_path / "inventory.yml"
     inventory.write_text(yaml.safe_dump(content))
     play = converged.play("upgrade.yml", inventory=inventory, quiet=True)
     assert all(count > 0 for host, count in changed(play).items() if host != "localhost")
+    after = starts(converged)
+    assert all(before[host] != after[host] for host in SERVICES)
 
 
 # From outside: a login at the door, then where the launcher's entry for the running job leads.
