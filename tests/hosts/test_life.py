@@ -76,7 +76,7 @@ def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
     converged: Rehearsal, rounds: object, tmp_path: Path
 ) -> None:
     # A run was cut off after it had written the settings of two hosts and before any restart.
-    written = "sed -i 's/^spark.port.maxRetries .*16$/spark.port.maxRetries                     17/'"
+    written = r"sed -i -E 's/^(spark.port.maxRetries +)16$/\117/'"
     for host in ("master", "worker1"):
         on(converged, host, f"{written} /etc/fruits/spark/spark-defaults.conf")
     before = starts(converged)
