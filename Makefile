@@ -33,8 +33,8 @@ deliverables: setup browser ## what the jury gets: NAME=nom_prenom [OUTPUT=s3a:/
 browser: # Chromium, which prints slides and tests pages; .ci/setup says what it takes where it cannot
 	@.ci/setup browser
 
-rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [IMAGES=dir] [WEIGHTS=file]
-	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) \
+rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [METRICS=1] [IMAGES=dir] [WEIGHTS=file]
+	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) $(if $(METRICS),--metrics) \
 		$(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left

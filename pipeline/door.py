@@ -5,6 +5,7 @@ has the key, so jupyter-server-proxy passes on the requests of whoever is logged
 write a configuration that calls `configure`, and call the commands at the end on the master.
 
     python -m pipeline.door password FILE          keep the hash of the password on standard input
+    python -m pipeline.door token FILE             keep the token of the key on standard input
     python -m pipeline.door event-logs SETTINGS    make the folder of Spark's event logs
     python -m pipeline.door worker SETTINGS MASTER_PAGE ADDRESS   is this worker registered?
 """
@@ -32,7 +33,9 @@ TITLES = {
     "spark": "Spark master and workers",
     RUNNING: "Running application",
     "spark-history": "Spark history",
+    "prometheus": "Metrics",
 }
+FIRST_PAGES = {"prometheus": "prometheus/consoles/cluster.html"}  # where it is not the root
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -75,7 +78,7 @@ def configure(
     certificate, key, password, page_key
         Files: the two of TLS, the hash that `keep_password` writes, the key of Spark's pages.
     pages
-        Ports of Spark's pages on loopback, by the path that they get.
+        Ports on loopback of Spark's pages, and of Prometheus, by the path that they get.
     """
     c.ServerApp.ip = "0.0.0.0"  # noqa: S104  the firewall says who reaches it
     c.ServerApp.port = port
@@ -121,7 +124,7 @@ def _page(name: str, port: int, token: str) -> dict[str, Any]:
 def _launcher_entry(name: str) -> dict[str, str]:
     return {
         "title": TITLES[name],
-        "path_info": f"{name}/",
+        "path_info": FIRST_PAGES.get(name, f"{name}/"),
         "icon_path": str(TEMPLATES / "spark-page.svg"),
         "category": "Notebook",  # JupyterLab shows icons for this one only
     }
@@ -148,6 +151,16 @@ def keep_password(file: Path, password: str) -> bool:
         return False
     file.touch(mode=0o600)
     file.write_text(f"{passwd(password)}\n")  # type: ignore[no-untyped-call]
+    return True
+
+
+def keep_token(file: Path, key: str) -> bool:
+    """Write the token that a page key makes to a file that lacks it; tell whether it was written."""
+    token = page_token(key)
+    if file.exists() and file.read_text() == token:
+        return False
+    file.touch(mode=0o600)
+    file.write_text(token)
     return True
 
 
@@ -199,6 +212,9 @@ def main(arguments: list[str]) -> None:
     match arguments:
         case ["password", file]:
             changed = keep_password(Path(file), sys.stdin.read().strip())
+            sys.stdout.write("kept\n" if changed else "unchanged\n")
+        case ["token", file]:
+            changed = keep_token(Path(file), sys.stdin.read().strip())
             sys.stdout.write("kept\n" if changed else "unchanged\n")
         case ["event-logs", settings]:
             made = make_event_log_folder(read_settings_of(Path(settings)))

@@ -17,27 +17,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.door import page_token
 from pipeline.storage import Address, open_store
 from tests.hosts.commands import unfit
 from tests.hosts.machines import Machines
 from tests.hosts.rehearsal import BUCKET, Rehearsal
 
 SERVICES = {
-    "master": ["spark-master", "spark-history", "jupyterlab"],
-    "worker1": ["spark-worker"],
-    "worker2": ["spark-worker"],
-}
+    "master": [
+        "spark-master", "spark-history", "jupyterlab", "fruits-prometheus", "fruits-node-exporter",
+    ],
+    "worker1": ["spark-worker", "fruits-node-exporter"],
+    "worker2": ["spark-worker", "fruits-node-exporter"],
+}  # fmt: skip
 COMPONENTS = 8
 
 
 @contextmanager
-def fresh_hosts(folder: Path, *, workers: int, tag: str, subnet: str) -> Iterator[Rehearsal]:
+def fresh_hosts(
+    folder: Path, *, workers: int, tag: str, subnet: str, **settings: object
+) -> Iterator[Rehearsal]:
     """Boot hosts fresh from the image beside an S3 server; see that nothing of them is left."""
     if reason := unfit():
         pytest.skip(f"needs hosts of its own: {reason}")
     machines = Machines(folder / "hosts", tag=tag, subnet=subnet)
     with Rehearsal(folder, machines) as rehearsal:
-        rehearsal.up(workers)
+        rehearsal.up(workers, **settings)
         yield rehearsal
     assert machines.leftovers() == []
 
@@ -64,7 +69,8 @@ def on(rehearsal: Rehearsal, host: str, command: str, check: bool = True) -> str
 def secrets_of(rehearsal: Rehearsal) -> dict[str, str]:
     """Return every secret of the cluster by its name."""
     kept = {file.name: file.read_text().strip() for file in rehearsal.secrets.iterdir()}
-    return {**kept, "s3": str(rehearsal.s3.secret_key)}
+    token = page_token(kept["pages"])
+    return {**kept, "token": token, "s3": str(rehearsal.s3.secret_key)}
 
 
 def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:

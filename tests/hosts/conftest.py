@@ -35,9 +35,12 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="package")
 def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
-    """A master and two workers, and an S3 server that they reach."""
+    """A master and two workers, and an S3 server that they reach; metrics are on."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    with fresh_hosts(folder, workers=2, tag="fruitstest", subnet="10.79.0.0/24") as rehearsal:
+    hosts = fresh_hosts(
+        folder, workers=2, tag="fruitstest", subnet="10.79.0.0/24", cluster_metrics=True
+    )
+    with hosts as rehearsal:
         yield rehearsal
 
 

@@ -1,6 +1,6 @@
 """`make rehearse`: the real playbooks on throw-away hosts of this machine.
 
-    python -m tests.hosts.rehearsal up [--workers 2] [--images PATH] [--weights FILE]
+    python -m tests.hosts.rehearsal up [--workers 2] [--images PATH] [--weights FILE] [--metrics]
     python -m tests.hosts.rehearsal down
 
 Hosts and an S3 stand-in stay up until `down`; what a crash left behind is removed by either.
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,15 +64,15 @@ class Rehearsal:
         """Where the playbooks keep what they make: the password, for one."""
         return self.folder / "secrets"
 
-    def up(self, workers: int = 2) -> None:
-        """Boot the hosts and start the stand-in."""
+    def up(self, workers: int = 2, **settings: object) -> None:
+        """Boot the hosts, start the stand-in, write the inventory with the admin's settings."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         names = ["master", *(f"worker{number}" for number in range(1, workers + 1))]
         self.machines.up(*names)
         if not self._s3_runs():
             self._start_s3()
         self.machines.open_port(int(str(self.s3.endpoint).rpartition(":")[2]))
-        self._write_inventory(names)
+        self._write_inventory(names, settings)
 
     def down(self) -> None:
         """End all of it and remove what it wrote; base images stay."""
@@ -146,7 +146,7 @@ class Rehearsal:
             process.send_signal(signal.SIGKILL)  # what it holds is thrown away with it
             process.wait(10)
 
-    def _write_inventory(self, names: Sequence[str]) -> None:
+    def _write_inventory(self, names: Sequence[str], settings: Mapping[str, object]) -> None:
         hosts = self.machines.hosts
         history = S3Settings(**json.loads((self.folder / "history.json").read_text()))
         entries = {f"{name}-1" if name == "master" else name: hosts[name] for name in names}
@@ -168,6 +168,7 @@ class Rehearsal:
                     "cluster_worker_cores": SLOTS,
                     "cluster_worker_memory_mb": MEMORY_MB,
                     "cluster_driver_memory_mb": 1024,
+                    **settings,
                 },
                 "children": {
                     group: {
@@ -192,6 +193,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--images", type=Path, help="a folder of images to put on S3")
     parser.add_argument("--weights", type=Path, help="a Keras file of MobileNetV2, put on S3")
+    parser.add_argument("--metrics", action="store_true", help="with Prometheus behind the door")
     options = parser.parse_args()
     rehearsal = Rehearsal()
     try:
@@ -199,7 +201,7 @@ def main() -> int:
             rehearsal.down()
             say("the rehearsal's hosts, S3 and network are gone; the base image stays for the next")
             return 0
-        rehearsal.up(options.workers)
+        rehearsal.up(options.workers, cluster_metrics=options.metrics)
         _put_on_s3(rehearsal, options.images, options.weights)
         rehearsal.play("configure.yml")
         rehearsal.play("check.yml")

@@ -151,6 +151,13 @@ def test_from_outside_only_ssh_and_the_door_answer(converged: Rehearsal) -> None
     ]
 
 
+def test_a_hosts_metrics_are_for_the_master_only(converged: Rehearsal) -> None:
+    worker = converged.machines.hosts["worker1"].address
+    probe = f"timeout 2 bash -c 'exec 3<>/dev/tcp/{worker}/9100'"
+    assert converged.machines.run("master", probe, check=False).returncode == 0
+    assert converged.machines.run("worker2", probe, check=False).returncode != 0
+
+
 def ask(
     rehearsal: Rehearsal, path: str, scheme: str = "https", method: str = "GET"
 ) -> tuple[int, str]:
@@ -179,7 +186,16 @@ except (OSError, http.client.HTTPException) as error:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/lab", "/spark/", "/spark/json/", "/spark-history/", "/proxy/8080/", "/api/contents"],
+    [
+        "/",
+        "/lab",
+        "/spark/",
+        "/spark/json/",
+        "/spark-history/",
+        "/proxy/8080/",
+        "/api/contents",
+        "/prometheus/",
+    ],
 )
 def test_without_a_login_the_door_shows_nothing(converged: Rehearsal, path: str) -> None:
     status, told = ask(converged, path)

@@ -113,6 +113,14 @@ def save(page: Page) -> list[dict]:
     return content(page)
 
 
+def query(page: Page, expression: str) -> dict[str, float]:
+    """Ask Prometheus through the door; return values by host."""
+    answer = page.request.get("/prometheus/api/v1/query", params={"query": expression})
+    assert answer.status == 200, answer.text()
+    found = answer.json()["data"]["result"]
+    return {one["metric"].get("host", ""): float(one["value"][1]) for one in found}
+
+
 @pytest.fixture(scope="module")
 def analysed(inside: BrowserContext, work: Work, pictures: Path) -> dict:
     """What the notebook held when all its cells had run, and what was seen meanwhile."""
@@ -139,6 +147,12 @@ def analysed(inside: BrowserContext, work: Work, pictures: Path) -> dict:
     spark.screenshot(path=pictures / "5-executors.png", full_page=True)
     spark.close()
 
+    # Prometheus looks every 15 s; the notebook's application is running.
+    deadline = time.monotonic() + 45
+    while not query(page, "metrics_executor_totalCores") and time.monotonic() < deadline:
+        page.wait_for_timeout(2 * SECOND)
+    executors_cores = query(page, "sum(metrics_executor_totalCores)")
+
     cells = save(page)
     deadline = time.monotonic() + 400
     while cells[-1]["execution_count"] is None and time.monotonic() < deadline:
@@ -147,7 +161,12 @@ def analysed(inside: BrowserContext, work: Work, pictures: Path) -> dict:
     page.wait_for_timeout(2 * SECOND)
     page.screenshot(path=pictures / "6-end.png")
     page.close()
-    return {"cells": cells, "address": address, "executors": executors}
+    return {
+        "cells": cells,
+        "address": address,
+        "executors": executors,
+        "cores": sum(executors_cores.values()),
+    }
 
 
 def test_every_cell_ends_well_and_the_plots_are_there(analysed: dict) -> None:
@@ -206,7 +225,38 @@ def test_every_link_of_the_masters_page_works_through_the_door(
     page.close()
 
 
+def test_metrics_of_every_host_and_of_spark_are_behind_the_door(
+    inside: BrowserContext, analysed: dict, pictures: Path, door: str
+) -> None:
+    failures: list[str] = []
+    page = inside.new_page()
+    page.on("requestfailed", lambda request: failures.append(request.url))
+    page.on("response", lambda got: failures.append(got.url) if got.status >= 400 else None)
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.goto("/lab?reset")
+    with page.context.expect_page() as opened:
+        page.get_by_role("button", name="Metrics").click()
+    opened.value.close()
+    page.goto("/prometheus/consoles/cluster.html")
+    expect(page.locator(".graphs svg path.path").nth(8)).to_be_attached()
+    page.wait_for_timeout(2 * SECOND)
+    page.screenshot(path=pictures / "9-metrics.png", full_page=True)
+    figures = page.locator(".figures").inner_text()
+    assert "2 of 2" in figures
+
+    everyone = {"master-1", "worker1", "worker2"}
+    assert query(page, 'up{job="host"} == 1').keys() == everyone
+    assert query(page, 'up{job="spark-master"} == 1').keys() == {"master-1"}
+    assert query(page, 'up{job="spark-worker"} == 1').keys() == everyone - {"master-1"}
+    assert analysed["cores"] == 2  # a slot on each worker, seen while the notebook ran
+    page.goto("/prometheus/")  # its own page of questions, which its root redirects to
+    expect(page.get_by_role("button", name="Execute")).to_be_visible()
+    assert page.url.startswith(f"{door}/prometheus/")
+    assert not failures
+    page.close()
+
+
 def test_the_pictures_are_kept(analysed: dict, pictures: Path, converged: Rehearsal) -> None:
     kept = sorted(file.name for file in pictures.glob("*.png"))
-    assert len(kept) == 8, json.dumps(kept)
+    assert len(kept) == 9, json.dumps(kept)
     on(converged, "master", "rm -rf /var/lib/fruits/analyst/notebooks/.ipynb_checkpoints")

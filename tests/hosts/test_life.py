@@ -81,13 +81,19 @@ def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
         on(converged, host, f"{written} /etc/fruits/spark/spark-defaults.conf")
     before = starts(converged)
     content = yaml.safe_load(converged.inventory.read_text())
-    content["all"]["vars"]["cluster_port_tries"] = 17
+    content["all"]["vars"] |= {"cluster_port_tries": 17, "cluster_metrics": False}
     inventory = tmp_path / "inventory.yml"
     inventory.write_text(yaml.safe_dump(content))
     play = converged.play("upgrade.yml", inventory=inventory, quiet=True)
     assert all(count > 0 for host, count in changed(play).items() if host != "localhost")
     after = starts(converged)
     assert all(before[host] != after[host] for host in SERVICES)
+    for host in SERVICES:  # metrics have been turned off
+        assert (
+            on(converged, host, "ls /etc/systemd/system | grep -cE 'prometheus|exporter'; true")
+            == "0\n"
+        )
+        assert on(converged, host, "pgrep prometheus", check=False) == ""
 
 
 # From outside: a login at the door, then where the launcher's entry for the running job leads.
