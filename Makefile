@@ -33,8 +33,9 @@ deliverables: setup browser ## what the jury gets: NAME=nom_prenom [OUTPUT=s3a:/
 browser: # Chromium, which prints slides and tests pages; .ci/setup says what it takes where it cannot
 	@.ci/setup browser
 
-rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [METRICS=1] [IMAGES=dir] [WEIGHTS=file]
-	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) $(if $(METRICS),--metrics) \
+rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [METRICS=1] [SUITE=trixie] [IMAGES=dir] [WEIGHTS=file]
+	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) \
+		$(if $(METRICS),--metrics) $(if $(SUITE),--suite $(SUITE)) \
 		$(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left

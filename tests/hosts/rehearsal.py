@@ -1,6 +1,7 @@
 """`make rehearse`: the real playbooks on throw-away hosts of this machine.
 
     python -m tests.hosts.rehearsal up [--workers 2] [--images PATH] [--weights FILE] [--metrics]
+                                       [--suite bookworm]
     python -m tests.hosts.rehearsal down
 
 Hosts and an S3 stand-in stay up until `down`; what a crash left behind is removed by either.
@@ -37,10 +38,12 @@ MEMORY_MB, SLOTS = 2048, 1  # of a rehearsal worker: its host shares this machin
 class Rehearsal:
     """Hosts, an S3 stand-in that they reach, and an inventory of both for the playbooks."""
 
-    def __init__(self, folder: Path = FOLDER, machines: Machines | None = None) -> None:
+    def __init__(
+        self, folder: Path = FOLDER, machines: Machines | None = None, suite: str = "bookworm"
+    ) -> None:
         self.folder = folder.absolute()
         self.machines = machines or Machines(
-            self.folder / "hosts", tag="rehearse", subnet="10.78.0.0/24"
+            self.folder / "hosts", tag="rehearse", subnet="10.78.0.0/24", suite=suite
         )
 
     def __enter__(self) -> Rehearsal:
@@ -194,8 +197,9 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="a folder of images to put on S3")
     parser.add_argument("--weights", type=Path, help="a Keras file of MobileNetV2, put on S3")
     parser.add_argument("--metrics", action="store_true", help="with Prometheus behind the door")
+    parser.add_argument("--suite", default="bookworm", help="the Debian release of the hosts")
     options = parser.parse_args()
-    rehearsal = Rehearsal()
+    rehearsal = Rehearsal(suite=options.suite)
     try:
         if options.verb == "down":
             rehearsal.down()
