@@ -19,7 +19,7 @@ import pytest
 from tests.aws.account import Account, Request, account, by_role, instances, tags, things
 from tests.aws.admin import Admin
 from tests.hosts.cluster import fresh_hosts, on
-from tests.hosts.rehearsal import BUCKET, MEMORY_MB, SLOTS, Rehearsal
+from tests.hosts.rehearsal import BUCKET, MEMORY_MB, QUICK_JOBS, SLOTS, Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -100,6 +100,7 @@ def admin(
         cluster_worker_cores=SLOTS,
         cluster_worker_memory_mb=MEMORY_MB,
         cluster_driver_memory_mb=1024,
+        cluster_spark_settings=QUICK_JOBS,
         ec2_idle_hours=3,
     )
     key = hardware.machines.hosts["master"].key

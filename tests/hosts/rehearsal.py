@@ -24,6 +24,7 @@ import psutil
 import yaml
 
 from pipeline import seaweed
+from pipeline.laptop import QUICK_START
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
 from tests.hosts.commands import HostsError, say
@@ -33,6 +34,10 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(".fruits/rehearsal")
 BUCKET = "fruits"
 MEMORY_MB, SLOTS = 2048, 1  # of a rehearsal worker: its host shares this machine's two cores
+
+QUICK_JOBS = {
+    f"spark.{process}.extraJavaOptions": QUICK_START for process in ("driver", "executor")
+}
 
 
 class Rehearsal:
@@ -171,6 +176,7 @@ class Rehearsal:
                     "cluster_worker_cores": SLOTS,
                     "cluster_worker_memory_mb": MEMORY_MB,
                     "cluster_driver_memory_mb": 1024,
+                    "cluster_spark_settings": QUICK_JOBS,
                     **settings,
                 },
                 "children": {

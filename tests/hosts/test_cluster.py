@@ -43,6 +43,10 @@ def inventory_with(rehearsal: Rehearsal, folder: Path, **changes: object) -> Pat
         ({"variables": {"cluster_door_port": 7077}}, "Expected ports from 1 to 65535, each used"),
         ({"variables": {"cluster_door_sources": ["everyone"]}}, "Expected networks such as"),
         ({"variables": {"cluster_s3_secret_key": ""}}, "with `cluster_s3_endpoint`"),
+        (
+            {"variables": {"cluster_spark_settings": {"executor": 1}}},
+            "Expected names such as",
+        ),
         ({"variables": {"cluster_tls_key": "key.pem"}}, "together, found one of them"),
     ],
 )
