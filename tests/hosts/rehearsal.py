@@ -34,7 +34,6 @@ REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(".fruits/rehearsal")
 BUCKET = "fruits"
 MEMORY_MB, SLOTS = 2048, 1  # of a rehearsal worker: its host shares this machine's two cores
-
 QUICK_JOBS = {
     f"spark.{process}.extraJavaOptions": QUICK_START for process in ("driver", "executor")
 }
