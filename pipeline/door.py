@@ -155,7 +155,7 @@ def keep_password(file: Path, password: str) -> bool:
 
 
 def keep_token(file: Path, key: str) -> bool:
-    """Write the token that a page key makes to a file that lacks it; tell whether it was written."""
+    """Write the token that a page key makes to a file that lacks it; tell whether it did."""
     token = page_token(key)
     if file.exists() and file.read_text() == token:
         return False
