@@ -151,6 +151,11 @@ def test_an_application_goes_on_while_everything_is_restarted(
 def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
     converged.play("scale.yml", "-e", "leave=worker2")
     assert eventually(lambda: len(workers_alive(converged)) == 1)
+    gone, stays = (converged.machines.hosts[name].address for name in ("worker2", "worker1"))
+    for host in ("master", "worker1"):
+        members = on(converged, host, "nft list set inet fruits members")
+        assert stays in members
+        assert gone not in members
 
 
 def test_a_cluster_in_use_is_not_reset_by_mistake(converged: Rehearsal) -> None:
