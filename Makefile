@@ -41,8 +41,8 @@ rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
-test: setup browser lint ## every test: [TESTS="tests/unit -k pca"]
-	@.venv/bin/python -m pytest $(or $(TESTS),--numprocesses 2 --no-loadscope-reorder)
+test: setup browser lint ## every test: [TESTS="tests/unit -k pca"] [JOBS=2]
+	@.venv/bin/python -m pytest $(TESTS) $(if $(JOBS),--numprocesses $(JOBS) --no-loadscope-reorder)
 
 lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

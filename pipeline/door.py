@@ -7,6 +7,7 @@ write a configuration that calls `configure`, and call the commands at the end o
     python -m pipeline.door password FILE          keep the hash of the password on standard input
     python -m pipeline.door token FILE             keep the token of the key on standard input
     python -m pipeline.door event-logs SETTINGS    make the folder of Spark's event logs
+    python -m pipeline.door recovered SETTINGS PAGE   does the master that started know its slots?
     python -m pipeline.door worker SETTINGS MASTER_PAGE ADDRESS   is this worker registered?
 """
 
@@ -18,8 +19,10 @@ import hmac
 import json
 import secrets
 import sys
+import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -207,6 +210,63 @@ def alive_workers(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [worker for worker in state["workers"] if worker["state"] == "ALIVE"]
 
 
+def miscounted(
+    workers: Iterable[Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]
+) -> set[str]:
+    """Return the ids of workers that use another number of slots than their master thinks.
+
+    Parameters
+    ----------
+    workers
+        What the master tells of its workers.
+    own
+        What workers tell of themselves, by id; one that did not answer is not in it.
+    """
+    return {
+        worker["id"]
+        for worker in workers
+        if worker["id"] in own and own[worker["id"]]["coresused"] != worker["coresused"]
+    }
+
+
+def await_recovery(page: str, token: str, *, looks: int = 5, pause: float = 3.0) -> set[str]:
+    """Wait until a master has started; return the workers that it counts wrongly in every look.
+
+    A worker that registers by itself in the moment in which a restarted master (Spark 4.3) asks it
+    what it runs is told to kill its executor, and counted as using the slot for ever. Another start
+    of the master, which asks again, puts it right.
+    """
+    deadline = time.monotonic() + SECONDS_TO_RECOVER
+    while True:
+        try:
+            state = master_state(page, token)
+        except OSError:
+            state = {"status": "not there yet", "activeapps": []}
+        if state["status"] == "ALIVE":
+            break
+        if time.monotonic() > deadline:
+            return set()  # it is another's to tell
+        time.sleep(0.5)
+    if not state["activeapps"]:
+        return set()
+    wrong: set[str] | None = None
+    for _ in range(looks):
+        time.sleep(pause)
+        workers = alive_workers(master_state(page, token))
+        own = {}
+        for worker in workers:
+            with suppress(OSError):
+                own[worker["id"]] = master_state(worker["webuiaddress"], token)
+        found = miscounted(workers, own)
+        wrong = found if wrong is None else wrong & found
+        if not wrong:
+            return set()
+    return wrong or set()
+
+
+SECONDS_TO_RECOVER = 45.0
+
+
 def main(arguments: list[str]) -> None:
     """Run one of the commands that the playbooks call."""
     match arguments:
@@ -219,6 +279,10 @@ def main(arguments: list[str]) -> None:
         case ["event-logs", settings]:
             made = make_event_log_folder(read_settings_of(Path(settings)))
             sys.stdout.write("made\n" if made else "unchanged\n")
+        case ["recovered", settings, page]:
+            token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
+            if wrong := await_recovery(page, token):
+                sys.exit(f"expected free slots on {', '.join(sorted(wrong))}, found them counted")
         case ["worker", settings, page, address]:
             token = page_token(read_settings_of(Path(settings))[PAGE_KEY])
             hosts = {worker["host"] for worker in registered_workers(page, token)}

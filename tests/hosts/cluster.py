@@ -82,12 +82,13 @@ def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:
     return False
 
 
-def workers_alive(rehearsal: Rehearsal) -> list[str]:
-    """Return the addresses of the workers that the master knows to be alive."""
+def workers_alive(rehearsal: Rehearsal, idle: bool = False) -> list[str]:
+    """Return the addresses of the workers that the master knows to be alive, or alive and idle."""
     script = (
         "from pathlib import Path; from pipeline.door import *; "
         "key = read_settings_of(Path('/etc/fruits/spark/spark-defaults.conf'))[PAGE_KEY]; "
-        "print(*[w['host'] for w in registered_workers('http://127.0.0.1:8080', page_token(key))])"
+        "all = registered_workers('http://127.0.0.1:8080', page_token(key)); "
+        f"print(*[w['host'] for w in all if not ({idle} and w['coresused'])])"
     )
     command = f"/opt/fruits/current/venv/bin/python -c {shlex.quote(script)}"
     return on(rehearsal, "master", command, check=False).split()

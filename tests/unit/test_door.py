@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.door import _keep_inside, keep_password, page_token
+from pipeline.door import _keep_inside, keep_password, miscounted, page_token
 
 KEY = "A" * 64
 
@@ -59,3 +59,9 @@ def test_a_password_is_hashed_once_and_again_when_it_changes(tmp_path: Path) -> 
     assert file.read_text() == first
     assert keep_password(file, "battery staple")
     assert file.read_text() != first
+
+
+def test_a_worker_whose_slots_the_master_counts_wrongly_is_found() -> None:
+    workers = [{"id": name, "coresused": 1} for name in ("right", "wrong", "silent")]
+    own = {"right": {"coresused": 1}, "wrong": {"coresused": 0}}
+    assert miscounted(workers, own) == {"wrong"}
