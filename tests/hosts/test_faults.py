@@ -142,6 +142,7 @@ def test_kill_9(job: Job, victims: dict[str, str]) -> None:
 # here: they register while it is about to ask them what they run.
 SLOW_RETURN = """
 pkill -9 -u spark -f deploy.master.Master
+while ss -ltn | grep -q ':7077 '; do sleep 0.1; done
 until ss -ltn | grep -q ':7077 '; do sleep 0.1; done
 pkill -STOP -u spark -f deploy.master.Master
 sleep 9
