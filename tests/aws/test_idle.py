@@ -11,6 +11,7 @@ import os
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -104,22 +105,23 @@ def states(aws: Account, cluster: str) -> list[str]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, pages: Pages) -> dict[str, object]:
+def settings(tmp_path: Path, pages: Pages) -> Iterator[dict[str, object]]:
     spark = tmp_path / "spark-defaults.conf"
     spark.write_text(f"spark.org.apache.spark.ui.JWSFilter.param.secretKey {KEY}\n")
     tcp = tmp_path / "tcp"
     tcp.write_text(TCP + LISTEN + ELSEWHERE)
-    (tmp_path / "runtime").mkdir()
-    return {
-        "cluster": "grove",
-        "region": REGION,
-        "hours": 2 / 3600,
-        "seconds_between": 0.2,
-        "page": pages.url,
-        "spark_settings": str(spark),
-        "jupyter_runtime": str(tmp_path / "runtime"),
-        "connections": [str(tcp)],
-    }
+    # Kernels have sockets there, whose paths may not be long.
+    with tempfile.TemporaryDirectory() as runtime:
+        yield {
+            "cluster": "grove",
+            "region": REGION,
+            "hours": 2 / 3600,
+            "seconds_between": 0.2,
+            "page": pages.url,
+            "spark_settings": str(spark),
+            "jupyter_runtime": runtime,
+            "connections": [str(tcp)],
+        }
 
 
 def watch(

@@ -234,15 +234,19 @@ def test_every_link_of_the_masters_page_works_through_the_door(
 def test_metrics_of_every_host_and_of_spark_are_behind_the_door(
     inside: BrowserContext, analysed: dict, pictures: Path, door: str
 ) -> None:
+    launcher = inside.new_page()
+    launcher.goto("/lab?reset")
+    with inside.expect_page() as opened:
+        launcher.get_by_role("button", name="Metrics").click()
+    opened.value.wait_for_url("**/prometheus/consoles/cluster.html")
+    opened.value.close()
+    launcher.close()
+
     failures: list[str] = []
     page = inside.new_page()
     page.on("requestfailed", lambda request: failures.append(request.url))
     page.on("response", lambda got: failures.append(got.url) if got.status >= 400 else None)
     page.on("pageerror", lambda error: failures.append(str(error)))
-    page.goto("/lab?reset")
-    with page.context.expect_page() as opened:
-        page.get_by_role("button", name="Metrics").click()
-    opened.value.close()
     page.goto("/prometheus/consoles/cluster.html")
     expect(page.locator(".graphs svg path.path").nth(8)).to_be_attached()
     page.wait_for_timeout(2 * SECOND)
