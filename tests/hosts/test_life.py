@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,7 +72,7 @@ def starts(rehearsal: Rehearsal) -> dict[str, str]:
 
 
 def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
-    converged: Rehearsal, rounds: object, tmp_path: Path
+    converged: Rehearsal, rounds: object
 ) -> None:
     # A run was cut off after it had written the settings of two hosts and before any restart.
     written = r"sed -i -E 's/^(spark.port.maxRetries +)16$/\117/'"
@@ -82,9 +81,8 @@ def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
     before = starts(converged)
     content = yaml.safe_load(converged.inventory.read_text())
     content["all"]["vars"] |= {"cluster_port_tries": 17, "cluster_metrics": False}
-    inventory = tmp_path / "inventory.yml"
-    inventory.write_text(yaml.safe_dump(content))
-    play = converged.play("upgrade.yml", inventory=inventory, quiet=True)
+    converged.inventory.write_text(yaml.safe_dump(content))  # from here on, for all tests below
+    play = converged.play("upgrade.yml", quiet=True)
     assert all(count > 0 for host, count in changed(play).items() if host != "localhost")
     after = starts(converged)
     assert all(before[host] != after[host] for host in SERVICES)
