@@ -31,6 +31,7 @@ from pipeline.session import read_settings_of
 from pipeline.storage import Address, S3Settings, open_store
 
 PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
+SECONDS_TO_RECOVER = 45.0  # of a master that starts; its unit allows 90
 RUNNING = "running-application"  # the address that pipeline.running answers
 TITLES = {
     "spark": "Spark master and workers",
@@ -262,9 +263,6 @@ def await_recovery(page: str, token: str, *, looks: int = 5, pause: float = 3.0)
         if not wrong:
             return set()
     return wrong or set()
-
-
-SECONDS_TO_RECOVER = 45.0
 
 
 def main(arguments: list[str]) -> None:
