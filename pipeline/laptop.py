@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import seaweed
+from pipeline import class_archive, seaweed
 from pipeline.door import registered_workers
 from pipeline.errors import ClusterError
 from pipeline.jars import fetch, spark_home
@@ -203,7 +203,7 @@ def _workers(master: _Master) -> list[Any] | None:
 def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
     conf.mkdir(mode=0o700)
     scratch = conf.parent / "scratch"
-    jars = ":".join(str(jar) for jar in fetch())
+    jars = _class_path()
     here: dict[str, object] = {
         "spark.master": master.url,
         "spark.fruits.home": HOME,
@@ -214,8 +214,8 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         "spark.driver.host": HOST,
         "spark.driver.bindAddress": HOST,
         "spark.driver.memory": "1g",
-        "spark.driver.extraJavaOptions": QUICK_START,
-        "spark.executor.extraJavaOptions": QUICK_START,
+        "spark.driver.defaultJavaOptions": _java_options(),
+        "spark.executor.defaultJavaOptions": _java_options(),
         "spark.executor.memory": EXECUTOR_MEMORY,
         "spark.local.dir": scratch,
         "spark.sql.warehouse.dir": scratch / "warehouse",
@@ -244,9 +244,21 @@ def _spark_environment(folder: Path) -> dict[str, str]:
         "SPARK_LOCAL_IP": HOST,
         "SPARK_LOCAL_DIRS": str(folder / "scratch"),
         "SPARK_DAEMON_MEMORY": "512m",
-        "SPARK_DAEMON_JAVA_OPTS": f"{QUICK_START} -Dfruits.log.level=info",
+        "SPARK_DAEMON_CLASSPATH": _class_path(),
+        "SPARK_DAEMON_JAVA_OPTS": f"{_java_options()} -Dfruits.log.level=info",
         "JAVA_HOME": str(find_java_home()),
     }
+
+
+def _class_path() -> str:
+    return class_archive.class_path(":".join(map(str, fetch())))
+
+
+def _java_options() -> str:
+    archive = class_archive.default_file()
+    if not archive.exists():
+        return QUICK_START
+    return f"{QUICK_START} {class_archive.java_options(archive)}"
 
 
 @contextmanager
