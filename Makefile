@@ -42,7 +42,7 @@ rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
 test: setup browser lint ## every test: [TESTS="tests/unit -k pca"] [JOBS=2]
-	@.venv/bin/python -m pytest $(TESTS) $(if $(JOBS),--numprocesses $(JOBS) --no-loadscope-reorder)
+	@.venv/bin/python -m pytest $(TESTS) --numprocesses $(or $(JOBS),$(if $(TESTS),0,2))
 
 lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

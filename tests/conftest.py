@@ -25,15 +25,14 @@ PROJECT = Path(__file__).parent.parent
 
 
 class FolderScheduling(LoadScopeScheduling):
-    """Run the tests on hosts, those of EC2 and those on loopback beside each other.
+    """Run two folders of tests beside each other, the longest first.
 
-    Within each of these, tests share servers and follow one another. Tests on hosts take longest,
-    and wait more than they compute: the others fill the cores meanwhile.
+    Within a folder, tests share servers and follow one another. Those on hosts, which take longest,
+    wait more than they compute: the others fill the cores meanwhile.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        folder = nodeid.split("/")[1]
-        return folder if folder in ("aws", "hosts") else "loopback"
+        return nodeid.split("/")[1]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FolderScheduling:
