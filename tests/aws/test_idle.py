@@ -12,12 +12,10 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from jupyter_server.auth.security import passwd
 
 from pipeline.idle import Watch
 from tests.aws.account import REGION, Account, free_port
+from tests.pages import Pages, serving
 
 KEY = "A" * 64
 TCP = "  sl  local_address rem_address   st tx_queue\n"
@@ -33,39 +32,11 @@ LOGIN = "   1: 0A00000A:0016 0100000A:C350 01 00000000:00000000\n"
 ELSEWHERE = "   2: 0A00000A:1F90 0100000A:0016 01 00000000:00000000\n"
 
 
-class Pages:
-    """Answers by path; a path that is not there is 404."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, object] = {"/json/": {"activeapps": [], "workers": []}}
-        self.asked: list[tuple[str, str, dict[str, str]]] = []
-        pages = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                pages.asked.append((self.command, self.path, dict(self.headers)))
-                found = pages.answers.get(self.path)
-                content = found if isinstance(found, str) else json.dumps(found)
-                self.send_response(404 if found is None else 200)
-                self.end_headers()
-                self.wfile.write(content.encode())
-
-            do_GET = do_PUT = answer
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
 def pages() -> Iterator[Pages]:
-    running = Pages()
-    yield running
-    running.server.shutdown()
-    running.server.server_close()
+    with serving() as running:
+        running.answers = {"/json/": {"activeapps": [], "workers": []}}
+        yield running
 
 
 @pytest.fixture

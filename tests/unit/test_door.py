@@ -6,12 +6,14 @@ import base64
 import hashlib
 import hmac
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.door import _keep_inside, keep_password, miscounted, page_token
+from pipeline.door import _keep_inside, await_recovery, keep_password, miscounted, page_token
+from tests.pages import Pages, serving
 
 KEY = "A" * 64
 
@@ -65,3 +67,34 @@ def test_a_worker_whose_slots_the_master_counts_wrongly_is_found() -> None:
     workers = [{"id": name, "coresused": 1} for name in ("right", "wrong", "silent")]
     own = {"right": {"coresused": 1}, "wrong": {"coresused": 0}}
     assert miscounted(workers, own) == {"wrong"}
+
+
+@pytest.fixture
+def master() -> Iterator[Pages]:
+    """The page of a master that has found an application and two workers again."""
+    with serving() as page, serving() as one, serving() as other:
+        for worker in (one, other):
+            worker.answers["/json/"] = {"coresused": 1}
+        page.answers["/json/"] = {
+            "status": "ALIVE",
+            "activeapps": [{"id": "app-1"}],
+            "workers": [
+                {"id": name, "state": "ALIVE", "coresused": 1, "webuiaddress": worker.url}
+                for name, worker in (("one", one), ("other", other))
+            ],
+        }
+        yield page
+
+
+def test_a_master_that_counts_right_is_left_alone(master: Pages) -> None:
+    assert await_recovery(master.url, "a-token", looks=2, pause=0.01) == set()
+    assert len(master.asked) == 2  # its status, and one look
+
+
+def test_a_master_that_counts_a_slot_wrongly_in_every_look_is_told(master: Pages) -> None:
+    state = master.answers["/json/"]
+    assert isinstance(state, dict)
+    state["workers"][0]["coresused"] = 2
+    assert await_recovery(master.url, "a-token", looks=3, pause=0.01) == {"one"}
+    assert len(master.asked) == 4
+    assert {headers["Authorization"] for _, _, headers in master.asked} == {"Bearer a-token"}
