@@ -24,11 +24,11 @@ notebook: setup ## the notebook run on this machine, kept as HTML: [IMAGES=dir] 
 	@.venv/bin/fruits notebook $(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 presentation: setup browser ## the slides of a run, HTML and PDF: [OUTPUT=demo-output]
-	@.venv/bin/fruits presentation --result "$(OUTPUT)"
+	@.venv/bin/fruits presentation --result "$(OUTPUT)" $(if $(CREDIT),--credit "$(CREDIT)")
 
 deliverables: setup browser ## what the jury gets: NAME=nom_prenom [OUTPUT=s3a://...] [NOTEBOOK=file]
 	@.venv/bin/fruits deliverables "$(NAME)" $(if $(filter command line environment,$(origin OUTPUT)),--result "$(OUTPUT)") \
-		$(if $(NOTEBOOK),--notebook "$(NOTEBOOK)")
+		$(if $(NOTEBOOK),--notebook "$(NOTEBOOK)") $(if $(CREDIT),--credit "$(CREDIT)")
 
 browser: # Chromium, which prints slides and tests pages; .ci/setup says what it takes where it cannot
 	@.ci/setup browser

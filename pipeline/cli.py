@@ -77,6 +77,7 @@ WeightsHere = Annotated[
     typer.Option(help="A Keras file of MobileNetV2; default: FRUITS_WEIGHTS, else Keras's."),
 ]
 Result = Annotated[str, typer.Option(help="The OUTPUT of a run: a folder or s3a://...")]
+Credit = Annotated[str | None, typer.Option(help="Whose the photos are [default: Fruits-360].")]
 NOTEBOOK_OUTPUT = Path("notebook-output")
 
 
@@ -222,13 +223,14 @@ def presentation(
         "presentation"
     ),
     author: Annotated[str, typer.Option(help="The name on the first slide.")] = "",
+    credit: Credit = None,
     debug: Debug = False,
 ) -> None:
     """Make the slides (in French) of a run: HTML to show, PDF to hand out."""
     from pipeline.presentation import build_presentation
 
     s3 = S3Settings.from_spark(read_settings())
-    for file in build_presentation(Address.parse(result), s3, output, author):
+    for file in build_presentation(Address.parse(result), s3, output, author, credit):
         out.print(f"Look at {file}.")
 
 
@@ -239,13 +241,14 @@ def deliverables(
     notebook: Annotated[Path, typer.Option(help="The executed notebook.")] = NOTEBOOK_OUTPUT
     / "fruits.ipynb",
     folder: Annotated[Path, typer.Option(help="Where P8_nom_prenom is made.")] = Path(),
+    credit: Credit = None,
     debug: Debug = False,
 ) -> None:
     """Put together what is handed to the jury, and check it."""
     from pipeline.deliverables import build_deliverables
 
     s3 = S3Settings.from_spark(read_settings())
-    missed = build_deliverables(name, notebook, Address.parse(result), s3, folder)
+    missed = build_deliverables(name, notebook, Address.parse(result), s3, folder, credit)
     out.print(f"{folder / f'P8_{name}'} is complete: notebook, images and matrix, presentation.")
     for one in missed:
         out.print(f"[yellow]What a jury may miss: {one}.")

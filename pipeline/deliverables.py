@@ -87,7 +87,12 @@ def as_html(notebook: Path) -> str:
 
 
 def build_deliverables(
-    name: str, notebook: Path, result: Address, s3: S3Settings, folder: Path
+    name: str,
+    notebook: Path,
+    result: Address,
+    s3: S3Settings,
+    folder: Path,
+    credit: str | None = None,
 ) -> list[str]:
     """Build `P8_<name>` and return what a jury would miss in it.
 
@@ -101,6 +106,8 @@ def build_deliverables(
         What a run has written, on S3 or in a folder.
     folder
         Where `P8_<name>` is made; one that is there is replaced.
+    credit
+        As for `build_presentation`.
 
     Raises
     ------
@@ -129,7 +136,8 @@ def build_deliverables(
         (images / "README.txt").write_text(_addresses(run))
         slides = fresh / f"P8_03_presentation_{name}"
         here = Address.parse(str(copied))
-        build_presentation(here, S3Settings(), slides, author=name.replace("_", " ").title())
+        author = name.replace("_", " ").title()
+        build_presentation(here, S3Settings(), slides, author, credit)
     return list(_weaknesses(run))
 
 

@@ -41,11 +41,14 @@ from pipeline.report import (
     Floats,
     outline,
 )
+from pipeline.sample import VARIETIES
 from pipeline.storage import Address, S3Settings, Store, open_store
 
 SOURCE = Path(__file__).parents[1] / "notebooks"
 WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
 FRUITS_360 = "Photos : Fruits-360, Mihai Oltean, CC BY-SA 4.0."
+SAMPLE = "Images dessinées par le programme, pour l'exemple."
+NETWORKS = {"mobilenet_v2": "MobileNetV2", "efficientnet_lite0": "EfficientNet-Lite0"}
 STAGES = {
     "list": "lister",
     "model": "préparer le réseau",
@@ -72,7 +75,7 @@ STYLE: dict[str, Any] = {
 
 
 def build_presentation(
-    result: Address, s3: S3Settings, target: Path, author: str = "", credit: str = FRUITS_360
+    result: Address, s3: S3Settings, target: Path, author: str = "", credit: str | None = None
 ) -> list[Path]:
     """Write `<target>.html` and `<target>.pdf`.
 
@@ -83,7 +86,8 @@ def build_presentation(
     author
         The name on the first slide.
     credit
-        The line below the photos: whose they are.
+        The line below the photos: whose they are. None takes the sample for what it is, and all
+        else for Fruits-360.
 
     Raises
     ------
@@ -112,7 +116,7 @@ def _read_run(store: Store, result: Address) -> dict[str, Any]:
     return run
 
 
-def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
+def _page(run: dict[str, Any], store: Store, author: str, credit: str | None) -> str:
     if not run.get("last_pass"):
         raise StateError(
             "expected a run that tells how fast its features were computed, found one that found "
@@ -133,7 +137,8 @@ def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
     slides = environment.get_template("presentation.md.j2").render(
         run=run,
         auteur=author,
-        credit=credit,
+        credit=_credit(run) if credit is None else credit,
+        reseau=NETWORKS[run["model"]["network"]],
         varieties=_varieties(store),
         shares=[float(share) for share in shares],
         scaling=_scaling(run),
@@ -144,9 +149,13 @@ def _page(run: dict[str, Any], store: Store, author: str, credit: str) -> str:
     return shell.render(run_id=run["run_id"], slides=_typeset(slides), **_reveal())
 
 
+def _credit(run: Mapping[str, Any]) -> str:
+    return SAMPLE if run["labels"].keys() <= VARIETIES.keys() else FRUITS_360
+
+
 def _typeset(text: str) -> Markup:
     """Put the spaces and apostrophes of French print into a text."""
-    text = re.sub(r" (?=[;:?!»])", NO_BREAK, text)
+    text = re.sub(r" (?=[;:?!»%])", NO_BREAK, text)
     return Markup(re.sub(r"(?<=\w)'(?=\w)", "\u2019", text))  # noqa: S704 - escaped by Jinja
 
 

@@ -24,6 +24,8 @@ import psutil
 import yaml
 
 from pipeline import seaweed
+from pipeline.demo import demo_images
+from pipeline.errors import FruitsError
 from pipeline.laptop import QUICK_START
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
@@ -199,7 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.hosts.rehearsal", description=__doc__)
     parser.add_argument("verb", choices=["up", "down"])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--images", type=Path, help="a folder of images to put on S3")
+    parser.add_argument("--images", type=Path, help="images to put on S3, else some are drawn")
     parser.add_argument("--weights", type=Path, help="a Keras file of MobileNetV2, put on S3")
     parser.add_argument("--metrics", action="store_true", help="with Prometheus behind the door")
     parser.add_argument("--suite", default="bookworm", help="the Debian release of the hosts")
@@ -214,7 +216,7 @@ def main() -> int:
         _put_on_s3(rehearsal, options.images, options.weights)
         rehearsal.play("configure.yml")
         rehearsal.play("check.yml")
-    except HostsError as error:
+    except (HostsError, FruitsError) as error:
         say(str(error))
         return 1
     _say_next_steps(rehearsal, options.weights)
@@ -222,12 +224,10 @@ def main() -> int:
 
 
 def _put_on_s3(rehearsal: Rehearsal, images: Path | None, weights: Path | None) -> None:
-    if images:
-        say(f"putting {images} on the S3 stand-in")
-        upload(
-            FolderStore(Address.parse(str(images))),
-            open_store(Address(BUCKET, "images"), rehearsal.s3),
-        )
+    with demo_images(images) as (folder, told):
+        say(f"putting images on the S3 stand-in: {told}")
+        source = FolderStore(Address.parse(str(folder)))
+        upload(source, open_store(Address(BUCKET, "images"), rehearsal.s3))
     if weights:
         BucketStore(Address(BUCKET, "weights"), rehearsal.s3).upload(weights.name, weights)
 
