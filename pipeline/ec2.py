@@ -29,7 +29,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 SMALLEST_MEMORY_MB = 4096
 LIVE = ["pending", "running", "stopping", "stopped"]
-# The quotas that count vCPUs of the standard families: A, C, D, H, I, M, R, T and Z.
+# The quotas that count vCPUs of the standard families.
+STANDARD = re.compile(r"(a|c|d|h|i|im|is|m|r|t|z)[0-9]")
 QUOTAS = {"on-demand": "L-1216C47A", "spot": "L-34B43A08"}
 # What can carry a tag: how it is listed, and its id. Instances have a question of their own.
 TAGGED = {
@@ -337,7 +338,11 @@ class Look:
 
     def _quota(self) -> None:
         """Compare the vCPUs that will be launched with the quota, if it may be read."""
-        if {self.knobs["master_type"], self.knobs["worker_type"]} - self.found.types.keys():
+        wanted = {self.knobs["master_type"], self.knobs["worker_type"]}
+        if wanted - self.found.types.keys():
+            return
+        if other := sorted(name for name in wanted if not STANDARD.match(name)):
+            self.found.notes.append(f"{', '.join(other)} has a vCPU quota of its own, not checked")
             return
         there = {
             role: sum(one["role"] == role for one in self.found.instances)
@@ -391,6 +396,8 @@ class Look:
         for page in pages.paginate(Filters=running):
             for reservation in page["Reservations"]:
                 for one in reservation["Instances"]:
+                    if not STANDARD.match(one["InstanceType"]):
+                        continue
                     cpu = one.get("CpuOptions", {})
                     market = "spot" if one.get("InstanceLifecycle") == "spot" else "on-demand"
                     used[market] += cpu.get("CoreCount", 0) * cpu.get("ThreadsPerCore", 0)
@@ -399,18 +406,44 @@ class Look:
     def _bucket(self) -> None:
         name = self.knobs["bucket"]
         try:
-            self._client("s3").head_bucket(Bucket=name, ExpectedBucketOwner=self.found.account)
+            answer = self._client("s3").head_bucket(
+                Bucket=name, ExpectedBucketOwner=self.found.account
+            )
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             self.found.bucket = {404: "free", 301: "elsewhere"}.get(status, "taken")
         else:
-            self.found.bucket = "ours"
+            # The client has followed S3 to the bucket's region by itself.
+            region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+            here = region in (None, self.knobs["region"])
+            self.found.bucket = "ours" if here else "elsewhere"
+            if here and self.knobs.get("provision"):
+                self._bucket_of_another(name)
         if self.found.bucket in ("elsewhere", "taken") and self.knobs.get("provision"):
             where = "in another region" if self.found.bucket == "elsewhere" else "someone else's"
             self._problem(
                 f"expected the bucket `{name}` to be free or this account's, in "
                 f"{self.knobs['region']}; found it {where}, or not for {self.found.caller} to "
                 "see. Set another cluster_bucket: names are shared by the whole world."
+            )
+
+    def _bucket_of_another(self, name: str) -> None:
+        """Refuse a bucket that holds something and is not this cluster's: its policy would go."""
+        s3 = self._client("s3")
+        try:
+            tags = s3.get_bucket_tagging(Bucket=name)["TagSet"]
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "NoSuchTagSet":
+                raise
+            tags = []
+        cluster = self.knobs["cluster"]
+        if {"Key": "Cluster", "Value": cluster} in tags:
+            return
+        if s3.list_objects_v2(Bucket=name, MaxKeys=1)["KeyCount"]:
+            self._problem(
+                f"expected the bucket `{name}` to be new, empty or this cluster's, found it with "
+                f"something in it and without the tag Cluster: {cluster}. The cluster sets its "
+                "policy, encryption and ownership anew: set another cluster_bucket, or tag it."
             )
 
     def _bucket_size(self) -> None:

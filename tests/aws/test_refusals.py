@@ -161,6 +161,23 @@ def test_a_bucket_of_someone_else_and_a_cluster_of_this_name_elsewhere(admin: Ad
     ec2.terminate_instances(InstanceIds=[stranger["InstanceId"]])
 
 
+def test_a_bucket_with_something_in_it_is_not_taken_over(admin: Admin) -> None:
+    s3, name = admin.aws.client("s3"), str(admin.knobs["cluster_bucket"])
+    s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket=name, Key="holidays/beach.jpg", Body=b"x")
+    said = refused(admin)
+    assert f"Expected the bucket `{name}` to be new, empty or this cluster's" in said
+    tag = {"Key": "Cluster", "Value": str(admin.knobs["cluster_name"])}
+    s3.put_bucket_tagging(Bucket=name, Tagging={"TagSet": [tag]})
+    admin.play("provision.yml", "--check")
+
+
+def test_a_bucket_in_another_region_is_told(admin: Admin) -> None:
+    s3, name = admin.aws.client("s3"), str(admin.knobs["cluster_bucket"])
+    s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    assert "found it in another region" in refused(admin)
+
+
 def test_an_inventory_of_another_kind(admin: Admin) -> None:
     static = admin.folder / "inventory/hosts.yml"
     static.write_text("all: {hosts: {}}\n")
