@@ -239,4 +239,4 @@ def test_every_host_rebooted(converged: Rehearsal) -> None:
         converged.machines.start(host)
     assert eventually(lambda: len(workers_alive(converged)) == 2, 180)
     for host, services in SERVICES.items():
-        on(converged, host, f"systemctl is-active {shlex.join(services)}")
+        on(converged, host, f"systemctl is-active {shlex.join([*services, 'fruits-firewall'])}")
