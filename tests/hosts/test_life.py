@@ -39,9 +39,9 @@ while not Path("/tmp/enough").exists():
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="class")
 def rounds(converged: Rehearsal) -> Iterator[subprocess.Popen[str]]:
-    """The application, at work; when a test is over it must still be, and end well."""
+    """The application, at work; after all that is done meanwhile it must still be, and end well."""
     job = f". /etc/profile.d/fruits.sh; exec {PYTHON} -c {shlex.quote(ROUNDS)}"
     ssh = ["ssh", "-F", str(converged.machines.hosts["master"].ssh_config), "master"]
     running = subprocess.Popen(
@@ -69,29 +69,6 @@ def starts(rehearsal: Rehearsal) -> dict[str, str]:
         host: on(rehearsal, host, f"{property_of} {services[0]}")
         for host, services in SERVICES.items()
     }
-
-
-def test_an_application_goes_on_while_a_change_of_settings_rolls_through(
-    converged: Rehearsal, rounds: object
-) -> None:
-    # A run was cut off after it had written the settings of two hosts and before any restart.
-    written = r"sed -i -E 's/^(spark.port.maxRetries +)16$/\117/'"
-    for host in ("master", "worker1"):
-        on(converged, host, f"{written} /etc/fruits/spark/spark-defaults.conf")
-    before = starts(converged)
-    content = yaml.safe_load(converged.inventory.read_text())
-    content["all"]["vars"] |= {"cluster_port_tries": 17, "cluster_metrics": False}
-    converged.inventory.write_text(yaml.safe_dump(content))  # from here on, for all tests below
-    play = converged.play("upgrade.yml", quiet=True)
-    assert all(count > 0 for host, count in changed(play).items() if host != "localhost")
-    after = starts(converged)
-    assert all(before[host] != after[host] for host in SERVICES)
-    for host in SERVICES:  # metrics have been turned off
-        assert (
-            on(converged, host, "ls /etc/systemd/system | grep -cE 'prometheus|exporter'; true")
-            == "0\n"
-        )
-        assert on(converged, host, "pgrep prometheus", check=False) == ""
 
 
 # From outside: a login at the door, then where the launcher's entry for the running job leads.
@@ -127,23 +104,45 @@ def running_application(converged: Rehearsal, rounds: object) -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
-def test_the_launcher_leads_to_the_running_application_which_tells_no_secret(
-    converged: Rehearsal, running_application: dict[str, Any]
-) -> None:
-    assert re.fullmatch(r"/spark/proxy/app-[0-9]+-[0-9]+/", running_application["to"])
-    assert running_application["status"] == 200
-    assert "rounds" in running_application["page"]
-    environment = running_application["environment"]
-    assert "spark.authenticate.secret" in environment
-    for name, secret in secrets_of(converged).items():
-        assert secret not in environment, name
+class TestAnApplicationGoesOn:
+    """One application, from before the change to after the restart."""
 
+    def test_while_a_change_of_settings_rolls_through(
+        self, converged: Rehearsal, rounds: object
+    ) -> None:
+        # A run was cut off after it had written the settings of two hosts and before any restart.
+        written = r"sed -i -E 's/^(spark.port.maxRetries +)16$/\117/'"
+        for host in ("master", "worker1"):
+            on(converged, host, f"{written} /etc/fruits/spark/spark-defaults.conf")
+        before = starts(converged)
+        content = yaml.safe_load(converged.inventory.read_text())
+        content["all"]["vars"] |= {"cluster_port_tries": 17, "cluster_metrics": False}
+        converged.inventory.write_text(yaml.safe_dump(content))  # from here on, for all tests below
+        play = converged.play("upgrade.yml", quiet=True)
+        assert all(count > 0 for host, count in changed(play).items() if host != "localhost")
+        after = starts(converged)
+        assert all(before[host] != after[host] for host in SERVICES)
+        for host in SERVICES:  # metrics have been turned off
+            assert (
+                on(converged, host, "ls /etc/systemd/system | grep -cE 'prometheus|exporter'; true")
+                == "0\n"
+            )
+            assert on(converged, host, "pgrep prometheus", check=False) == ""
 
-def test_an_application_goes_on_while_everything_is_restarted(
-    converged: Rehearsal, rounds: object
-) -> None:
-    play = converged.play("restart.yml", quiet=True)
-    assert "busy with rounds: no job was run in the slots" in play.stdout
+    def test_the_launcher_leads_to_it_and_its_page_tells_no_secret(
+        self, converged: Rehearsal, running_application: dict[str, Any]
+    ) -> None:
+        assert re.fullmatch(r"/spark/proxy/app-[0-9]+-[0-9]+/", running_application["to"])
+        assert running_application["status"] == 200
+        assert "rounds" in running_application["page"]
+        environment = running_application["environment"]
+        assert "spark.authenticate.secret" in environment
+        for name, secret in secrets_of(converged).items():
+            assert secret not in environment, name
+
+    def test_while_everything_is_restarted(self, converged: Rehearsal, rounds: object) -> None:
+        play = converged.play("restart.yml", quiet=True)
+        assert "busy with rounds: no job was run in the slots" in play.stdout
 
 
 def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
