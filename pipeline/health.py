@@ -97,7 +97,8 @@ def main(master_page: str) -> None:
             if state["activeapps"]:
                 seen = check_busy(state, open_store(scratch, s3))
             else:
-                seen = _check_by_a_job(scratch)
+                slots = sum(worker["cores"] for worker in alive_workers(state))
+                seen = _check_by_a_job(scratch, slots)
         finally:
             open_store(Address(bucket, ""), s3).delete(scratch.path)
     except (FruitsError, OSError) as error:
@@ -105,8 +106,11 @@ def main(master_page: str) -> None:
     sys.stdout.write(json.dumps(seen) + "\n")
 
 
-def _check_by_a_job(scratch: Address) -> dict[str, Any]:
-    spark = make_session("health", settings=ALL_SLOTS)
+def _check_by_a_job(scratch: Address, slots: int) -> dict[str, Any]:
+    if not slots:
+        raise ClusterError("expected workers with task slots, found none. Look at their services.")
+    # Told how many it is to have, Spark waits for all of them; otherwise, for any.
+    spark = make_session("health", settings=ALL_SLOTS | {"spark.cores.max": str(slots)})
     try:
         return check(spark, scratch)
     finally:
