@@ -185,11 +185,11 @@ class Account:
             "no_proxy": "127.0.0.1,localhost",
         }
 
-    def client(self, service: str) -> Any:
+    def client(self, service: str, region: str = REGION) -> Any:
         """Return a client that speaks with moto itself: what a test asks is not recorded."""
         return boto3.client(
             service,
-            region_name=REGION,
+            region_name=region,
             endpoint_url=f"http://127.0.0.1:{self.moto_port}",
             aws_access_key_id="AKIAMADEUPFORTESTS",
             aws_secret_access_key="made-up-for-tests",

@@ -173,7 +173,7 @@ def test_a_bucket_with_something_in_it_is_not_taken_over(admin: Admin) -> None:
 
 
 def test_a_bucket_in_another_region_is_told(admin: Admin) -> None:
-    s3, name = admin.aws.client("s3"), str(admin.knobs["cluster_bucket"])
+    s3, name = admin.aws.client("s3", "eu-west-1"), str(admin.knobs["cluster_bucket"])
     s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
     assert "found it in another region" in refused(admin)
 
