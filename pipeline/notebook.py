@@ -8,12 +8,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from IPython.core.getipython import get_ipython
 from IPython.core.interactiveshell import ExecutionResult
 from IPython.display import HTML, display
+from py4j.protocol import Py4JError
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
@@ -69,8 +71,22 @@ def _cancel_when_interrupted(result: ExecutionResult) -> None:
     # (The session of this thread is not known after an interruption: PySpark talks to another of
     # the JVM's threads from then on.)
     context = SparkContext._active_spark_context
-    if isinstance(result.error_in_exec, KeyboardInterrupt) and context is not None:
-        context.cancelAllJobs()
+    if context is None or not _was_interrupted(result.error_in_exec):
+        return
+    # Py4J has the JVM close all connections that it finds then, even one made for this very call.
+    for wait in (0.1, 0.5, 1):
+        with suppress(Py4JError):
+            context.cancelAllJobs()
+            return
+        time.sleep(wait)
+    context.cancelAllJobs()
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Look also at what the error came from: on its way out, PySpark talks to the JVM once more."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _workers(settings: Mapping[str, str]) -> list[dict[str, Any]]:

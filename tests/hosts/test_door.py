@@ -80,6 +80,8 @@ def content(page: Page) -> list[dict]:
 
 
 def run_all(page: Page) -> None:
+    # JupyterLab runs nothing, and says nothing, before the notebook has its kernel.
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
 

@@ -130,12 +130,26 @@ def answer(client: BlockingKernelClient, message: str, seconds: float = 90) -> d
     raise AssertionError(f"no answer within {seconds:.0f} s")
 
 
+# An interrupted Py4J has the JVM close all connections, and may lose the next one that it makes,
+# too: the more there are, the likelier.
+OTHER_CONNECTIONS = """
+import threading
+end = threading.Event()
+def talk():
+    spark.sparkContext._jsc.version()
+    end.wait()
+for _ in range(20):
+    threading.Thread(target=talk, daemon=True).start()
+"""
+
+
 def test_an_interrupted_cell_ends_its_job_and_the_next_one_runs(
     cluster: Loopback, kernel: tuple[KernelManager, BlockingKernelClient]
 ) -> None:
     manager, client = kernel
     begin = "from pipeline.notebook import connect; import time; spark = connect()"
     assert answer(client, client.execute(begin))["status"] == "ok"
+    assert answer(client, client.execute(OTHER_CONNECTIONS))["status"] == "ok"
     slow = "spark.sparkContext.parallelize(range(4), 4).map(lambda n: time.sleep(100)).count()"
     running = client.execute(slow)
     # Executors come when a job asks for them: one that has a core tells that it runs.
@@ -143,7 +157,7 @@ def test_an_interrupted_cell_ends_its_job_and_the_next_one_runs(
     manager.interrupt_kernel()
     stopped = answer(client, running)
     assert stopped["status"] == "error"
-    assert stopped["ename"] in ("KeyboardInterrupt", "Py4JJavaError")
+    assert "KeyboardInterrupt" in "\n".join(stopped["traceback"])
     after = (
         "deadline = time.monotonic() + 20\n"
         "tracker = spark.sparkContext.statusTracker()\n"
