@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.jars import fetch, spark_home
-from pipeline.java import find_java_home
+from pipeline.java import QUICK_START, find_java_home
 
 # What opens Java's own packages to Spark (JavaModuleOptions in its launcher), as far as the
 # archived job goes.
@@ -96,7 +96,7 @@ def make(archive: Path, s3a_jars: str) -> bool:
         made = scratch / "classes.jsa"
         command = [
             str(find_java_home() / "bin" / "java"), "-Xmx1g",
-            "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xlog:disable",
+            *QUICK_START.split(), "-Xlog:disable",
             *(f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPENED),
             "--add-opens=java.base/sun.nio.ch=ALL-UNNAMED",
             f"-XX:ArchiveClassesAtExit={made}", "-cp", class_path(s3a_jars),

@@ -24,7 +24,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from pipeline.java import JavaNotFoundError, find_java_home
+from pipeline.java import QUICK_START, JavaNotFoundError, find_java_home
 
 LOCK_FILE = Path(__file__).with_name("jars.lock")
 
@@ -141,7 +141,7 @@ def _resolve(modules: Iterable[tuple[str, str, str]], scratch: Path, *, transiti
     (ivy,) = _spark_jars().glob("ivy-*.jar")
     command = [
         str(find_java_home() / "bin" / "java"),
-        *_trust_machine_certificates(), "-jar", str(ivy),
+        *QUICK_START.split(), *_trust_machine_certificates(), "-jar", str(ivy),
         "-settings", str(scratch / "settings.xml"), "-ivy", str(scratch / "ivy.xml"),
         "-cache", str(scratch / "cache"), "-types", "jar",
         "-retrieve", str(scratch / "jars" / "[artifact]-[revision].[ext]"),

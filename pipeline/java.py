@@ -15,6 +15,9 @@ from pathlib import Path
 
 OLDEST_JAVA = 17  # Spark 4's minimum
 
+# For processes that end soon: the second compiler and a collector of many threads do not pay there.
+QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
 
 class JavaNotFoundError(ValueError):
     """No Java 17 or later on this machine."""

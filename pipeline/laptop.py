@@ -26,7 +26,7 @@ from pipeline import class_archive, seaweed
 from pipeline.door import registered_workers
 from pipeline.errors import ClusterError
 from pipeline.jars import fetch, spark_home
-from pipeline.java import find_java_home
+from pipeline.java import QUICK_START, find_java_home
 from pipeline.session import COMMON_SETTINGS
 from pipeline.storage import S3Settings
 
@@ -36,8 +36,6 @@ WORKERS = 2
 # Of Java; Python and the model come on top of it. Two applications fit: a notebook and a run.
 EXECUTOR_MEMORY, WORKER_MEMORY = "1g", "2g"
 SECONDS_TO_START = 90.0
-# On a small machine, half of the wait is six JVMs compiling code that runs once.
-QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
 @dataclass(frozen=True)
@@ -255,6 +253,7 @@ def _class_path() -> str:
 
 
 def _java_options() -> str:
+    # On a small machine, half of the wait is six JVMs compiling code that runs once.
     archive = class_archive.default_file()
     if not archive.exists():
         return QUICK_START

@@ -100,6 +100,7 @@ def admin(
         cluster_worker_cores=SLOTS,
         cluster_worker_memory_mb=MEMORY_MB,
         cluster_driver_memory_mb=1024,
+        cluster_class_archive=False,  # it does not pay for the few jobs here; tests/hosts have one
         cluster_spark_settings=QUICK_JOBS,
         ec2_idle_hours=3,
     )

@@ -26,7 +26,7 @@ import yaml
 from pipeline import seaweed
 from pipeline.demo import demo_images
 from pipeline.errors import FruitsError
-from pipeline.laptop import QUICK_START
+from pipeline.java import QUICK_START
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
 from tests.hosts.commands import HostsError, say
