@@ -31,6 +31,7 @@ from pipeline.session import read_settings_of
 from pipeline.storage import Address, S3Settings, open_store
 
 PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
+WHOLE_FILES = "pipeline.notebook_files.WholeFiles"  # by name: workers have no JupyterLab
 SECONDS_TO_RECOVER = 45.0  # of a master that starts; its unit allows 90
 RUNNING = "running-application"  # the address that pipeline.running answers
 TITLES = {
@@ -91,6 +92,7 @@ def configure(
     c.ServerApp.certfile = certificate
     c.ServerApp.keyfile = key
     c.ServerApp.root_dir = notebooks
+    c.ServerApp.contents_manager_class = WHOLE_FILES
     c.ServerApp.allow_remote_access = True
     c.ServerApp.quit_button = False
     c.ServerApp.extra_template_paths = [str(TEMPLATES / "jupyter")]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.console import observing, out
 from pipeline.demo import demo_images, images_named, place_with_images
+from pipeline.door import WHOLE_FILES
 from pipeline.errors import ClusterError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -33,7 +34,11 @@ def open_lab(images: Path | None) -> None:
 
 def _run_jupyterlab() -> None:
     # The notebook finds the cluster by SPARK_CONF_DIR, which the loopback cluster has set.
-    command = [str(Path(sys.executable).with_name("jupyter-lab")), "--ip=127.0.0.1"]
+    command = [
+        str(Path(sys.executable).with_name("jupyter-lab")),
+        "--ip=127.0.0.1",
+        f"--ServerApp.contents_manager_class={WHOLE_FILES}",
+    ]
     if os.geteuid() == 0:  # in a container, for one: it listens on loopback only
         command.append("--allow-root")
     status = subprocess.run([*command, "fruits.ipynb"], cwd=NOTEBOOKS, check=False).returncode  # noqa: S603

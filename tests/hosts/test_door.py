@@ -153,16 +153,18 @@ def analysed(inside: BrowserContext, work: Work, pictures: Path) -> dict:
     spark.close()
 
     work.rehearsal.machines.kill("worker2")
-    cells = save(page)
-    at_the_loss = [cell["execution_count"] for cell in cells]
-    deadline = time.monotonic() + 400
-    while cells[-1]["execution_count"] is None and time.monotonic() < deadline:
+    try:
         cells = save(page)
-    page.evaluate(SCROLL, 100_000)
-    page.wait_for_timeout(2 * SECOND)
-    page.screenshot(path=pictures / "6-end.png")
-    page.close()
-    work.rehearsal.machines.start("worker2")
+        at_the_loss = [cell["execution_count"] for cell in cells]
+        deadline = time.monotonic() + 400
+        while cells[-1]["execution_count"] is None and time.monotonic() < deadline:
+            cells = save(page)
+        page.evaluate(SCROLL, 100_000)
+        page.wait_for_timeout(2 * SECOND)
+        page.screenshot(path=pictures / "6-end.png")
+        page.close()
+    finally:
+        work.rehearsal.machines.start("worker2")
     assert eventually(lambda: len(workers_alive(work.rehearsal)) == 2, 120)
     return {
         "cells": cells,
