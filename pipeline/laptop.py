@@ -27,6 +27,7 @@ from pipeline.door import registered_workers
 from pipeline.errors import ClusterError
 from pipeline.jars import fetch, spark_home
 from pipeline.java import QUICK_START, find_java_home
+from pipeline.ports import free_ports
 from pipeline.session import COMMON_SETTINGS
 from pipeline.storage import S3Settings
 
@@ -171,7 +172,7 @@ class _Master:
 
 
 def _new_master() -> _Master:
-    return _Master(*seaweed.free_ports(HOST, 2))
+    return _Master(*free_ports(HOST, 2))
 
 
 def _master_command(master: _Master) -> list[str]:

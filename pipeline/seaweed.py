@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import secrets
-import socket
 import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.ports import free_ports
 from pipeline.storage import S3Settings
 
 EVERYTHING = ("Admin", "Read", "Write", "List", "Tagging")
@@ -109,15 +108,6 @@ def answers(s3: S3Settings) -> bool:
         return error.code == 403
     except OSError:
         return False
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Find TCP ports that nothing listens on at an address of this machine."""
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind((host, 0))
-        return [one.getsockname()[1] for one in found]
 
 
 def write_private(file: Path, text: str) -> None:

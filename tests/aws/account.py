@@ -26,6 +26,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import boto3
 
+from pipeline.ports import free_ports
+
 REGION = "eu-west-3"
 LIVE = ["pending", "running", "stopping", "stopped"]
 DEBIAN = "136693071363"
@@ -335,19 +337,12 @@ def only(changes: int) -> Rule:
     return rule
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def account(folder: Path) -> Iterator[Account]:
     """Start moto and the proxy, with Debian's images in the account; stop both at the end."""
     images = folder / "images.json"
     images.write_text(json.dumps(list(_debian_images())))
-    port = free_port()
+    (port,) = free_ports("127.0.0.1", 1)
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(
             [

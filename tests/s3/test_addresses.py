@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +11,16 @@ import pytest
 from pipeline.errors import NoImagesError, StorageError
 from pipeline.images import list_images
 from pipeline.laptop import Loopback
+from pipeline.ports import free_ports
 from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open_store
 from pipeline.upload import upload
 from tests.corpus import encoded, good_images, picture
 
 
-def closed_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def nobody() -> str:
+    """An address at which nothing listens."""
+    (port,) = free_ports("127.0.0.1", 1)
+    return f"http://127.0.0.1:{port}"
 
 
 def test_a_bucket_that_is_missing_is_named(cluster: Loopback) -> None:
@@ -49,7 +49,7 @@ def test_wrong_credentials_are_told_apart(
 
 
 def test_an_endpoint_that_is_down_is_named(bucket: BucketStore) -> None:
-    down = replace(bucket.s3, endpoint=f"http://127.0.0.1:{closed_port()}")
+    down = replace(bucket.s3, endpoint=nobody())
     with pytest.raises(StorageError, match=r"127\.0\.0\.1.*Check the endpoint"):
         list_images(BucketStore(bucket.address, down))
     with pytest.raises(StorageError, match="Run again"):
@@ -79,7 +79,7 @@ def test_an_image_that_is_gone_or_whose_key_cannot_be_asked_for_raises_what_the_
 
 
 def test_an_s3_that_does_not_answer_is_not_blamed_on_the_image(bucket: BucketStore) -> None:
-    down = replace(bucket.s3, endpoint=f"http://127.0.0.1:{closed_port()}")
+    down = replace(bucket.s3, endpoint=nobody())
     with pytest.raises(OSError, match=r"127\.0\.0\.1|connect"):
         ImageReader(bucket.address, down).open()("a.jpg")
 
