@@ -412,6 +412,9 @@ class Look:
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             self.found.bucket = {404: "free", 301: "elsewhere"}.get(status, "taken")
+            free = self.found.bucket == "free"
+            if free and self.found.instances and self.knobs.get("provision"):
+                self._cluster_of_another()
         else:
             # The client has followed S3 to the bucket's region by itself.
             region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
@@ -427,6 +430,16 @@ class Look:
                 "see. Set another cluster_bucket: names are shared by the whole world."
             )
 
+    def _cluster_of_another(self) -> None:
+        """Refuse to take over instances: their roles would lose the bucket that they have."""
+        name, bucket = self.knobs["cluster"], self.knobs["bucket"]
+        self._problem(
+            f"expected no instance of a cluster `{name}` yet, or its bucket to be `{bucket}`, "
+            f"found {len(self.found.instances)} that have another: somebody else's cluster has "
+            "this name. Set another cluster_name. To give yours another bucket, make that one, tag "
+            f"it Cluster: {name}, and run again."
+        )
+
     def _bucket_of_another(self, name: str) -> None:
         """Refuse a bucket that holds something and is not this cluster's: its policy would go."""
         s3 = self._client("s3")
@@ -438,6 +451,9 @@ class Look:
             tags = []
         cluster = self.knobs["cluster"]
         if {"Key": "Cluster", "Value": cluster} in tags:
+            return
+        if self.found.instances:
+            self._cluster_of_another()
             return
         if s3.list_objects_v2(Bucket=name, MaxKeys=1)["KeyCount"]:
             self._problem(
@@ -469,14 +485,17 @@ class Look:
 
     def _permissions(self) -> None:
         """Name the permissions that are missing, if the caller may ask IAM for it."""
-        role = re.match(r"arn:(.*):sts::(\d+):assumed-role/([^/]+)/", self.found.caller)
-        source = "arn:{}:iam::{}:role/{}".format(*role.groups()) if role else self.found.caller
+        source = self.found.caller
         if source.endswith(":root"):
             return
         policy = json.loads(Path(self.knobs["admin_policy"]).read_text())
-        pages = self._client("iam").get_paginator("simulate_principal_policy")
+        iam = self._client("iam")
+        pages = iam.get_paginator("simulate_principal_policy")
         denied: list[str] = []
         try:
+            role = re.match(r"arn:.*:sts::\d+:assumed-role/([^/]+)/", source)
+            if role:  # its path, which roles of single sign-on have, is not in the session's name
+                source = iam.get_role(RoleName=role[1])["Role"]["Arn"]
             for statement in policy["Statement"]:
                 resources = [
                     one.replace("::*:", f"::{self.found.account}:").replace("/*", "/fruits")

@@ -22,7 +22,8 @@ import pytest
 from jupyter_server.auth.security import passwd
 
 from pipeline.idle import Watch
-from tests.aws.account import REGION, Account, free_port
+from pipeline.ports import free_ports
+from tests.aws.account import REGION, Account
 from tests.pages import Pages, serving
 
 KEY = "A" * 64
@@ -186,7 +187,7 @@ def test_a_real_jupyterlab_tells_what_its_kernels_do(
     )
     (tmp_path / "password").write_text(passwd("correct horse"))
     (tmp_path / "page-key").write_text("k" * 64)
-    port = free_port()
+    (port,) = free_ports("127.0.0.1", 1)
     config = tmp_path / "jupyter_server_config.py"
     config.write_text(
         "from pipeline.door import configure\n"

@@ -122,6 +122,7 @@ def test_the_bucket_is_private_encrypted_and_tls_only(admin: Admin) -> None:
     assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
     (lifecycle,) = s3.get_bucket_lifecycle_configuration(**bucket)["Rules"]
     assert lifecycle["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 7
+    assert lifecycle["NoncurrentVersionExpiration"]["NoncurrentDays"] == 30
     assert "Status" not in s3.get_bucket_versioning(**bucket)
 
 
@@ -211,6 +212,17 @@ def test_a_check_of_a_full_account_changes_nothing(admin: Admin) -> None:
     assert play.says("there now: 2")
 
 
+def test_another_cluster_of_the_same_name_is_not_taken_over(admin: Admin) -> None:
+    admin.set(cluster_bucket="somebody-elses-bucket")
+    try:
+        with admin.aws.recording() as requests:
+            play = admin.play("provision.yml", fails=True)
+    finally:
+        admin.set(cluster_bucket="orchard-bucket")
+    assert play.says("found 3 that have another: somebody else's cluster has this name")
+    assert [request.action for request in requests if request.changes_something] == []
+
+
 def test_the_inventory_gives_what_a_static_one_gives(admin: Admin) -> None:
     listing = json.loads(admin.run("ansible-inventory", "--list").stdout)
     groups = {name: listing[name]["hosts"] for name in ("master", "workers")}
@@ -271,8 +283,13 @@ def test_it_grows(admin: Admin) -> None:
     before = {one["InstanceId"] for one in instances(admin.aws)}
     # The new hosts are made up: the playbook gets as far as waiting for them.
     admin.play("scale.yml", "-e", "workers=3", "-e", "reach_seconds=2", fails=True)
+    after = {one["InstanceId"] for one in instances(admin.aws)}
     assert by_role(admin.aws) == {"master": 1, "worker": 3}
-    assert before < {one["InstanceId"] for one in instances(admin.aws)}
+    assert before < after
+    # Said again, it goes on where it failed, with those that were launched.
+    play = admin.play("scale.yml", "-e", "workers=3", "-e", "reach_seconds=2", fails=True)
+    assert play.says("PLAY [Wait for SSH]")
+    assert {one["InstanceId"] for one in instances(admin.aws)} == after
 
 
 def test_it_shrinks_after_a_drain_and_keeps_the_oldest_and_the_master(admin: Admin) -> None:

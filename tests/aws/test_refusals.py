@@ -46,6 +46,7 @@ def refused(admin: Admin, *rules: Rule) -> str:
         ({"cluster_name": "Orchard!"}, "found `Orchard!`"),
         ({"ec2_workers": 0}, "Expected `ec2_workers` of 1 or more"),
         ({"ec2_workrs": 3}, "Expected only knobs that exist, found ec2_workrs"),
+        ({"cluster_metric": True}, "Expected only knobs that exist, found cluster_metric"),
         ({"cluster_s3_access_key": "AKIA"}, "Expected no access key: the instances have a role"),
     ],
 )
@@ -102,6 +103,28 @@ def _denied(action: str) -> Callable[[Request], Answer | None]:
         return error("UnauthorizedOperation", "no", 403) if denied else None
 
     return rule
+
+
+def test_a_role_of_single_sign_on_is_asked_for_by_its_path(admin: Admin) -> None:
+    role = admin.aws.client("iam").create_role(
+        RoleName="AWSReservedSSO_admin",
+        Path="/aws-reserved/sso.amazonaws.com/",
+        AssumeRolePolicyDocument="{}",
+    )["Role"]["Arn"]
+
+    def session(request: Request) -> Answer | None:
+        if request.action != "GetCallerIdentity":
+            return None
+        return Answer(
+            200,
+            '<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+            "<GetCallerIdentityResult><UserId>A:ada</UserId><Account>123456789012</Account>"
+            "<Arn>arn:aws:sts::123456789012:assumed-role/AWSReservedSSO_admin/ada</Arn>"
+            "</GetCallerIdentityResult></GetCallerIdentityResponse>",
+        )
+
+    said = refused(admin, session, simulation("ec2:RunInstances"))
+    assert f"Expected {role} to be allowed what ansible/admin-policy.json lists" in said
 
 
 def test_a_permission_that_is_missing_is_named(admin: Admin) -> None:

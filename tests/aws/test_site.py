@@ -19,7 +19,7 @@ import pytest
 from tests.aws.account import Account, Request, account, by_role, instances, tags, things
 from tests.aws.admin import Admin
 from tests.hosts.cluster import fresh_hosts, on, recap
-from tests.hosts.rehearsal import BUCKET, MEMORY_MB, QUICK_JOBS, SLOTS, Rehearsal
+from tests.hosts.rehearsal import BUCKET, SLOTS, SMALL_HOSTS, Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -97,12 +97,9 @@ def admin(
         cluster_s3_secret_key=s3.secret_key,
         cluster_s3_history_access_key=s3.access_key,
         cluster_s3_history_secret_key=s3.secret_key,
-        cluster_worker_cores=SLOTS,
-        cluster_worker_memory_mb=MEMORY_MB,
-        cluster_driver_memory_mb=1024,
         cluster_class_archive=False,  # it does not pay for the few jobs here; tests/hosts have one
-        cluster_spark_settings=QUICK_JOBS,
         ec2_idle_hours=3,
+        **SMALL_HOSTS,
     )
     key = hardware.machines.hosts["master"].key
     shutil.copy(key.with_suffix(".pub"), admin.key)

@@ -191,14 +191,14 @@ class Network:
         How it was before is noted on the bridge itself, which outlives a crash. Of several networks
         on one machine, each notes what it was before the first of them.
         """
-        before = next((value for link, value in _notes().values() if link == outer), None)
+        before = next((value for link, value in forwarding_notes().values() if link == outer), None)
         before = before or Path(_FORWARDING.format(outer)).read_text().strip()
         call("ip", "link", "set", self.bridge, "alias", f"forwarding of {outer} was {before}")
         for link in (outer, self.bridge):
             Path(_FORWARDING.format(link)).write_text("1")
 
     def _stop_forwarding(self) -> None:
-        notes = _notes()
+        notes = forwarding_notes()
         outer, before = notes.pop(self.bridge, ("", ""))
         if outer and outer not in {link for link, _ in notes.values()}:
             Path(_FORWARDING.format(outer)).write_text(before)
@@ -244,8 +244,8 @@ def _elements(items: Iterable[str]) -> str:
     return f"elements = {{ {listed} }};" if listed else ""
 
 
-def _notes() -> dict[str, tuple[str, str]]:
-    """Return, by bridge, the outer link and how its forwarding was."""
+def forwarding_notes() -> dict[str, tuple[str, str]]:
+    """Return, by bridge, the outer link and how its forwarding was before the first network."""
     found = {}
     for link in _LINKS.iterdir():
         with suppress(OSError):

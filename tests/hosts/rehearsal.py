@@ -24,20 +24,27 @@ import psutil
 import yaml
 
 from pipeline import seaweed
-from pipeline.demo import demo_images
+from pipeline.demo import demo_images, weights_file
 from pipeline.errors import FruitsError
 from pipeline.java import QUICK_START
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
-from tests.hosts.commands import HostsError, say
+from tests.hosts.commands import HostsError, prepare_machine, say
 from tests.hosts.machines import Machines
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(".fruits/rehearsal")
 BUCKET = "fruits"
-MEMORY_MB, SLOTS = 2048, 1  # of a rehearsal worker: its host shares this machine's two cores
-QUICK_JOBS = {
-    f"spark.{process}.extraJavaOptions": QUICK_START for process in ("driver", "executor")
+SLOTS = 1  # of a worker
+# What suits hosts that share this machine's two cores, its memory and its one disk.
+SMALL_HOSTS: dict[str, object] = {
+    "cluster_worker_cores": SLOTS,
+    "cluster_worker_memory_mb": 2048,
+    "cluster_driver_memory_mb": 1024,
+    "cluster_smallest_disk_gb": 8,
+    "cluster_spark_settings": {
+        f"spark.{process}.extraJavaOptions": QUICK_START for process in ("driver", "executor")
+    },
 }
 
 
@@ -174,10 +181,7 @@ class Rehearsal:
                     "cluster_s3_secret_key": self.s3.secret_key,
                     "cluster_s3_history_access_key": history.access_key,
                     "cluster_s3_history_secret_key": history.secret_key,
-                    "cluster_worker_cores": SLOTS,
-                    "cluster_worker_memory_mb": MEMORY_MB,
-                    "cluster_driver_memory_mb": 1024,
-                    "cluster_spark_settings": QUICK_JOBS,
+                    **SMALL_HOSTS,
                     **settings,
                 },
                 "children": {
@@ -212,22 +216,27 @@ def main() -> int:
             rehearsal.down()
             say("the rehearsal's hosts, S3 and network are gone; the base image stays for the next")
             return 0
-        rehearsal.up(options.workers, cluster_metrics=options.metrics)
-        _put_on_s3(rehearsal, options.images, options.weights)
+        weights = weights_file(options.weights) if options.weights else None
+        prepare_machine()
+        with demo_images(options.images) as (images, told):
+            # The archive costs a minute of each host's processor: too much for a few jobs.
+            rehearsal.up(
+                options.workers, cluster_metrics=options.metrics, cluster_class_archive=False
+            )
+            say(f"putting images on the S3 stand-in: {told}")
+            _put_on_s3(rehearsal, images, weights)
         rehearsal.play("configure.yml")
         rehearsal.play("check.yml")
     except (HostsError, FruitsError) as error:
         say(str(error))
         return 1
-    _say_next_steps(rehearsal, options.weights)
+    _say_next_steps(rehearsal, weights)
     return 0
 
 
-def _put_on_s3(rehearsal: Rehearsal, images: Path | None, weights: Path | None) -> None:
-    with demo_images(images) as (folder, told):
-        say(f"putting images on the S3 stand-in: {told}")
-        source = FolderStore(Address.parse(str(folder)))
-        upload(source, open_store(Address(BUCKET, "images"), rehearsal.s3))
+def _put_on_s3(rehearsal: Rehearsal, images: Path, weights: Path | None) -> None:
+    source = FolderStore(Address.parse(str(images)))
+    upload(source, open_store(Address(BUCKET, "images"), rehearsal.s3))
     if weights:
         BucketStore(Address(BUCKET, "weights"), rehearsal.s3).upload(weights.name, weights)
 

@@ -145,6 +145,30 @@ class TestAnApplicationGoesOn:
         assert "busy with rounds: no job was run in the slots" in play.stdout
 
 
+def test_a_check_of_metrics_that_are_yet_to_come_passes(converged: Rehearsal) -> None:
+    play = converged.play("configure.yml", "--check", "-e", "cluster_metrics=true", quiet=True)
+    assert "Write the exporter's unit" in play.stdout
+    assert on(converged, "master", "ls /etc/systemd/system | grep exporter", check=False) == ""
+
+
+def test_root_follows_no_link_that_the_analyst_has_laid(converged: Rehearsal) -> None:
+    home = "/var/lib/fruits/analyst"
+    lay = f"cd {home} && mv .scratch kept && ln -s /etc .scratch"
+    on(converged, "master", f"sudo -u analyst sh -c '{lay}'")
+    before = on(converged, "master", "stat -c '%U %a' /etc")
+    try:
+        play = converged.play("configure.yml", check=False, quiet=True)
+    finally:
+        on(
+            converged,
+            "master",
+            f"sudo -u analyst sh -c 'cd {home} && rm .scratch && mv kept .scratch'",
+        )
+    assert play.returncode != 0
+    assert f"{home}/.scratch already exists as a link" in play.stdout
+    assert on(converged, "master", "stat -c '%U %a' /etc") == before
+
+
 def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
     converged.play("scale.yml", "-e", "leave=worker2")
     assert eventually(lambda: len(workers_alive(converged)) == 1)

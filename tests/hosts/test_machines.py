@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from tests.conftest import PROJECT
 from tests.hosts import boot
 from tests.hosts.commands import HostsError, unfit
 from tests.hosts.machines import IMAGES, Machines, main
+from tests.hosts.network import forwarding_notes
 
 pytestmark = pytest.mark.skipif(unfit() is not None, reason=unfit() or "fit")
 
@@ -23,12 +25,22 @@ NOWHERE = "198.51.100.7"
 
 
 def traces() -> dict[str, str]:
-    """What hosts might change on the machine."""
-    forwarding = Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
-    return {
-        "forwarding": "\n".join(f"{file} {file.read_text()}" for file in sorted(forwarding)),
-        "mounts": Path("/proc/mounts").read_text(),
+    """What hosts might change on the machine, but for what other hosts have up meanwhile.
+
+    Those have a bridge and cables, and namespaces that are mounted under /run/netns; and the outer
+    link forwards as long as one of them is up. Of what bears a tag of its own, `leftovers` tells.
+    Another process of the tests may have a small disk mounted in its own temporary folder.
+    """
+    forwarding = {
+        file.parent.name: file.read_text().strip()
+        for file in Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
+        if not re.fullmatch(r"\w+-(br|\d+)", file.parent.name)
     }
+    forwarding |= dict(forwarding_notes().values())  # as it was before the first of them
+    this_process = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    others = re.compile(rf"/netns|/popen-(?!{this_process}/)")
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    return forwarding | {"mounts": "\n".join(line for line in mounts if not others.search(line))}
 
 
 @pytest.fixture(scope="module")
