@@ -19,6 +19,8 @@ PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
 MAX_PIXELS = 12_000_000
 # A JPEG is decoded at an eighth of its size where that is enough, so more pixels cost only time.
 MAX_JPEG_PIXELS = 200_000_000
+# The file itself is in memory, too: 12 million pixels take 96 MB where nothing is compressed.
+MAX_BYTES = 128_000_000
 
 # Pillow warns of bombs, which MAX_PIXELS refuses, and of odd metadata. Filtered once and for all:
 # `catch_warnings` in `decode` would lose the caller's own filters where threads decode at once.
@@ -47,8 +49,8 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     Raises
     ------
     BadImageError
-        When the bytes are no image, are truncated, or hold more than 12 million pixels
-        (200 million in a JPEG).
+        When the bytes are no image, are truncated, or hold more than 12 million pixels (200
+        million in a JPEG, of which no more than 12 million are left at the scale it is decoded at).
     """
     if not content:
         raise BadImageError("the file is empty (0 bytes)")
@@ -75,9 +77,14 @@ def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     # A large JPEG is decoded at a half, a quarter or an eighth, never below twice the size wanted.
     image.draft(None, (2 * size, 2 * size))
     most = MAX_JPEG_PIXELS if image.format == "JPEG" else MAX_PIXELS
-    if width * height > most or image.width * image.height > MAX_PIXELS:
+    if width * height > most:
         raise BadImageError(
             f"{width} x {height} pixels are more than the {most:,} that are decoded"
+        )
+    if image.width * image.height > MAX_PIXELS:  # long and thin, or wanted large
+        raise BadImageError(
+            f"{width} x {height} pixels leave {image.width} x {image.height} for a square of "
+            f"{size}, more than the {MAX_PIXELS:,} that are decoded"
         )
     image.load()
     ImageOps.exif_transpose(image, in_place=True)

@@ -19,11 +19,24 @@ import pyarrow.parquet as pq
 from nbconvert import HTMLExporter
 
 from pipeline.console import observing, out
-from pipeline.demo import copy_result, demo_images, images_named, place_with_images
-from pipeline.errors import DeliverableError, OutputTakenError
+from pipeline.demo import (
+    check_target,
+    copy_result,
+    demo_images,
+    images_named,
+    place_with_images,
+)
+from pipeline.errors import DeliverableError
 from pipeline.matrix import RESULT
 from pipeline.presentation import SOURCE, build_presentation
-from pipeline.storage import Address, S3Settings, Store, open_store, replacing
+from pipeline.storage import (
+    Address,
+    S3Settings,
+    Store,
+    check_replaceable,
+    open_store,
+    replacing,
+)
 
 NOTEBOOK = SOURCE / "fruits.ipynb"
 RESULT_OF_NOTEBOOK = Address("fruits", "notebook")  # what it takes where nothing else is said
@@ -46,7 +59,8 @@ def execute_notebook(images: Path | None, weights: str | None, target: Path) -> 
     DeliverableError
         When a cell fails; the message names it.
     """
-    _check_ours(target, ("fruits.", "result"))
+    check_replaceable(target, {"fruits.ipynb", "fruits.html", "result"})
+    check_target(target / "result")
     with demo_images(images or images_named()) as (folder, told), replacing(target) as fresh:
         out.print(f"Images from {told}.")
         with observing() as observer, place_with_images(folder, observer) as place:
@@ -121,12 +135,16 @@ def build_deliverables(
             "\n".join(["the deliverables lack:", *(f"- {one}" for one in absent)])
         )
     target = folder / f"P8_{name}"
-    _check_ours(target, ("P8_",))
+    first, second, third = (
+        f"P8_{part}_{name}" for part in ("01_notebook", "02_images", "03_presentation")
+    )
+    pages = {f"{first}.ipynb", f"{first}.html", f"{third}.html", f"{third}.pdf"}
+    check_replaceable(target, {*pages, second})
     with replacing(target) as fresh:
-        copy = fresh / f"P8_01_notebook_{name}.ipynb"
+        copy = fresh / f"{first}.ipynb"
         shutil.copy(notebook, copy)
         copy.with_suffix(".html").write_text(as_html(notebook))
-        images = fresh / f"P8_02_images_{name}"
+        images = fresh / second
         copied = images / "result"
         copy_result(store, copied)
         run = json.loads((copied / "run.json").read_text())
@@ -134,10 +152,9 @@ def build_deliverables(
         manifest = _manifest(copied, run)
         (images / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
         (images / "README.txt").write_text(_addresses(run))
-        slides = fresh / f"P8_03_presentation_{name}"
         here = Address.parse(str(copied))
         author = name.replace("_", " ").title()
-        build_presentation(here, S3Settings(), slides, author, credit)
+        build_presentation(here, S3Settings(), fresh / third, author, credit)
     return list(_weaknesses(run))
 
 
@@ -223,16 +240,3 @@ def _weaknesses(run: dict[str, Any]) -> Iterator[str]:
         )
     if run["counts"]["quarantined"]:
         yield f"{run['counts']['quarantined']} images are in quarantine; say why (quarantine.csv)"
-
-
-def _check_ours(target: Path, ours: tuple[str, ...]) -> None:
-    """Make sure that a folder is free, or holds only names that begin as one of `ours`."""
-    foreign = [
-        file.name
-        for file in (target.iterdir() if target.exists() else ())
-        if not file.name.startswith(ours)
-    ]
-    if foreign:
-        raise OutputTakenError(
-            f"{target} holds something else ({foreign[0]}). Choose another folder."
-        )

@@ -7,6 +7,7 @@ and the result is copied to a folder to be looked at.
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 import tempfile
 import time
@@ -16,12 +17,20 @@ from pathlib import Path
 
 from pipeline.backbones import find_weights
 from pipeline.console import ConsoleObserver, observing, out, summary
-from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
+from pipeline.errors import NoImagesError, WeightsError
 from pipeline.images import is_image
 from pipeline.matrix import RESULT
 from pipeline.place import Place, make_job, open_place
 from pipeline.sample import render_sample
-from pipeline.storage import Address, BucketStore, S3Settings, Store, open_store, replacing
+from pipeline.storage import (
+    Address,
+    BucketStore,
+    S3Settings,
+    Store,
+    check_replaceable,
+    open_store,
+    replacing,
+)
 from pipeline.upload import upload
 
 SOURCE, TARGET = Address("fruits", "images"), Address("fruits", "result")
@@ -124,7 +133,7 @@ def demo_images(given: Path | None) -> Iterator[tuple[Path, str]]:
             return
         archives = [given] if given.is_file() else sorted(given.glob("*.tar"))
         for archive in archives:
-            _unpack(archive, unpacked)
+            unpack(archive, unpacked)
         if not _holds_an_image(unpacked):
             raise NoImagesError(
                 f"expected images, in a folder or in .tar archives, at {given}, found none. "
@@ -137,11 +146,30 @@ def _holds_an_image(folder: Path) -> bool:
     return any(is_image(str(file)) for file in folder.rglob("*"))
 
 
-def _unpack(archive: Path, folder: Path) -> None:
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the files of a .tar archive below a folder, links as copies of what they name.
+
+    `TarFile.extractall` is as safe from Python 3.11.4 on; Debian 12 has 3.11.2.
+
+    Raises
+    ------
+    NoImagesError
+        If it is no archive, or one of its names leads out of the folder.
+    """
     try:
         with tarfile.open(archive) as content:
-            content.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError) as error:
+            for member in content:
+                source = content.extractfile(member)
+                if source is None:
+                    continue
+                target = (folder / member.name.lstrip("/")).resolve()
+                if not target.is_relative_to(folder.resolve()):
+                    raise tarfile.TarError(f"{member.name} leads outside the destination")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                os.utime(target, (member.mtime, member.mtime))
+    except (tarfile.TarError, OSError, KeyError) as error:
         raise NoImagesError(
             f"expected a .tar archive of images at {archive}, found: {error}. Check IMAGES."
         ) from error
@@ -162,7 +190,7 @@ def demo_weights(given: str | None, backbone: str | None) -> tuple[str, Path, st
         return backbone, find_weights(backbone, given), None
     given = given or os.environ.get("FRUITS_WEIGHTS") or None
     if given and Path(given).is_dir():
-        given = _only_weights_in(Path(given))
+        given = str(weights_file(Path(given)))
     try:
         return "mobilenet_v2", find_weights("mobilenet_v2", given), None
     except WeightsError:
@@ -177,30 +205,33 @@ def demo_weights(given: str | None, backbone: str | None) -> tuple[str, Path, st
         )
 
 
-def _only_weights_in(folder: Path) -> str:
-    files = sorted(folder.glob("*.h5"))
-    if len(files) != 1:
+def weights_file(given: Path) -> Path:
+    """Return the file of weights that is given, or the only one of the folder that is.
+
+    Raises
+    ------
+    WeightsError
+        When there is none, or the folder holds several.
+    """
+    files = sorted(given.glob("*.h5")) if given.is_dir() else [given]
+    if len(files) != 1 or not files[0].is_file():
+        found = ", ".join(file.name for file in files if file.is_file()) or "none"
         raise WeightsError(
-            f"expected one .h5 file in {folder}, found {', '.join(f.name for f in files) or 'none'}"
-            ". Name the file: WEIGHTS=file.h5"
+            f"expected a .h5 file, or a folder with one in it, at {given}, found {found}. "
+            "Name the file: WEIGHTS=file.h5"
         )
-    return str(files[0])
+    return files[0]
 
 
 def check_target(folder: Path) -> None:
-    """Make sure that a folder is free for a result, or holds an earlier one.
+    """Make sure that a folder is free for the copy of a result, or holds an earlier copy.
 
     Raises
     ------
     OutputTakenError
-        When it holds anything else.
+        When it holds anything else, such as the features of a run that was made there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputTakenError(f"{folder} is a file; choose another OUTPUT.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
-        raise OutputTakenError(
-            f"{folder} holds something that is no earlier result. Choose another OUTPUT."
-        )
+    check_replaceable(folder, {*RESULT, "run.json"})
 
 
 def copy_result(source: Store, folder: Path) -> None:

@@ -21,10 +21,11 @@ import gc
 import io
 import json
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -40,7 +41,7 @@ from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 
 from pipeline.backbones import Model, load_network
-from pipeline.decode import BadImageError, decode
+from pipeline.decode import MAX_BYTES, BadImageError, decode
 from pipeline.errors import StateError
 from pipeline.images import LISTING
 from pipeline.session import task_slots
@@ -94,13 +95,26 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast features were computed: so many images in so many seconds by so many tasks."""
+
+    images: int
+    seconds: float
+    slots: int
+
+
+@dataclass(frozen=True)
 class Pass:
-    """What a pass did; `index` has a row for each image listed, with its batch."""
+    """What a pass did; `index` has a row for each image listed, with its batch.
+
+    `largest` is the speed of the table's pass over most images: one new image tells nothing of it.
+    """
 
     index: pa.Table
     computed: int
     reused: int
     dropped: int
+    largest: Speed | None
 
 
 class FeatureTable:
@@ -168,7 +182,11 @@ class FeatureTable:
     def read_index(self) -> pa.Table | None:
         """Return the index of the last complete pass, None before the first."""
         content = self.output.read(f"{self.root}/index.parquet")
-        return None if content is None else pq.read_table(io.BytesIO(content))
+        if content is None:
+            return None
+        # By no other thread: one of Arrow's that lets go of Python's bytes while a short command
+        # already ends takes the whole process down (SIGABRT, one end in sixteen on a busy machine).
+        return pq.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
 
     def images(self) -> Address:
         """Return where the images of the last complete pass lay.
@@ -186,11 +204,13 @@ class FeatureTable:
             )
         return Address.parse((index.schema.metadata or {})[b"images"].decode())
 
-    def write_index(self, index: pa.Table, images: Address) -> None:
-        """Keep the index of a complete pass, and where its images lie."""
+    def write_index(self, index: pa.Table, images: Address, largest: Speed | None = None) -> None:
+        """Keep the index of a complete pass, where its images lie, and the largest pass's speed."""
         content = io.BytesIO()
-        described = index.replace_schema_metadata({"images": str(images)})
-        pq.write_table(described, content, compression="zstd")
+        metadata = {"images": str(images)}
+        if largest:
+            metadata["largest_pass"] = json.dumps(asdict(largest))
+        pq.write_table(index.replace_schema_metadata(metadata), content, compression="zstd")
         self.output.write(f"{self.root}/index.parquet", content.getvalue())
 
     def rows(self, spark: SparkSession, index: pa.Table) -> DataFrame:
@@ -253,6 +273,7 @@ def compute_features(
     Pass
         The index of exactly the images listed, and what had to be computed for it.
     """
+    began = time.monotonic()
     known = _known_rows(spark, table)
     todo = _not_in(images, known)
     slots = task_slots(spark)
@@ -277,13 +298,28 @@ def compute_features(
         known = pa.concat_tables([known, _index_of(spark, table, fresh)])
     index = _live_index(images, known)
     previous = table.read_index()
-    table.write_index(index, reader.address)
+    largest = None if previous is None else largest_pass(previous)
+    if todo.num_rows and (largest is None or todo.num_rows >= largest.images):
+        largest = Speed(todo.num_rows, time.monotonic() - began, slots)
+    table.write_index(index, reader.address, largest)
     return Pass(
         index=index,
         computed=todo.num_rows,
         reused=images.num_rows - todo.num_rows,
         dropped=0 if previous is None else _count_gone(previous, images),
+        largest=largest,
     )
+
+
+def largest_pass(index: pa.Table) -> Speed | None:
+    """Return the speed that is kept with an index that was read, None if there is none."""
+    kept = (index.schema.metadata or {}).get(b"largest_pass")
+    return None if kept is None else Speed(**json.loads(kept))
+
+
+def pass_of(index: pa.Table) -> Pass:
+    """Return the pass that finds all there: what an index that was read stands for."""
+    return Pass(index, computed=0, reused=index.num_rows, dropped=0, largest=largest_pass(index))
 
 
 def nothing_to_compute(table: FeatureTable, images: pa.Table) -> pa.Table | None:
@@ -413,7 +449,7 @@ class _PassOverImages:
             reasons: list[str | None] = [None] * batch.num_rows
             for row, outcome in enumerate(_read_ahead(batch.to_pylist(), read)):
                 try:
-                    if isinstance(outcome, _Unreadable):
+                    if isinstance(outcome, Exception):
                         raise outcome
                     vector = network(decode(outcome, self.input_size))
                     vectors[row] = vector.astype("<f4").tobytes()
@@ -471,7 +507,11 @@ def _checked(read: Callable[[str], tuple[bytes, str]]) -> Callable[[dict[str, An
     task again, and a job that fails keeps the batches before it.
     """
 
-    def read_row(row: dict[str, Any]) -> bytes | _Unreadable:
+    def read_row(row: dict[str, Any]) -> bytes | _Unreadable | BadImageError:
+        if row["length"] > MAX_BYTES:
+            return BadImageError(
+                f"{row['length']:,} bytes are more than the {MAX_BYTES:,} that are read"
+            )
         try:
             content, version = read(row["path"])
         except (FileNotFoundError, NotADirectoryError):
@@ -488,8 +528,9 @@ def _checked(read: Callable[[str], tuple[bytes, str]]) -> Callable[[dict[str, An
 
 
 def _read_ahead(
-    rows: list[dict[str, Any]], read: Callable[[dict[str, Any]], bytes | _Unreadable]
-) -> Iterator[bytes | _Unreadable]:
+    rows: list[dict[str, Any]],
+    read: Callable[[dict[str, Any]], bytes | _Unreadable | BadImageError],
+) -> Iterator[bytes | _Unreadable | BadImageError]:
     """Yield what `read` gives for each row, in order; the next burst is read meanwhile."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -17,10 +17,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -31,29 +30,29 @@ from pyspark.sql import SparkSession
 from pipeline import __version__
 from pipeline.backbones import Model
 from pipeline.decode import BadImageError, decode
-from pipeline.errors import NoImagesError, OutputTakenError, StateError, StorageError
+from pipeline.errors import NoImagesError, PCAError, StateError
 from pipeline.features import (
     FeatureTable,
     Pass,
     Progress,
+    Speed,
     compute_features,
     nothing_to_compute,
+    pass_of,
 )
 from pipeline.images import Listing, list_images
 from pipeline.jars import hadoop_version
 from pipeline.matrix import (
     NEXT,
-    RESULT,
     explained_variance_csv,
     publish,
     quarantine_csv,
     write_matrix,
 )
+from pipeline.output import Run, check_output, check_run
 from pipeline.pca import PCA, Moments, State, moments_of
 from pipeline.session import task_slots
 from pipeline.storage import Address, ImageReader, S3Settings, open_store
-
-Run = dict[str, Any]  # the content of run.json
 
 
 class Observer(Protocol):
@@ -124,9 +123,9 @@ class Job:
         previous = self._check_output()
         with self._timed("list"):
             listing = list_images(open_store(self.images, self.s3))
+        self._check_components(listing.images.num_rows)
         unchanged = self._unchanged(previous, listing)
         run = unchanged or self._result(self._compute(listing), listing.ignored)
-        run["last_pass"] = run.get("last_pass") or (previous or {}).get("last_pass")
         return self._finish(run, began)
 
     def features(self) -> Run:
@@ -144,17 +143,34 @@ class Job:
         ------
         StateError
             When no pass over the images is complete.
+        OutputTakenError
+            When OUTPUT holds the result of other images or another model.
         """
         began = time.monotonic()
+        previous = check_run(self.images, self.model, self.store, force=self.force)
         index = self.table.read_index()
         if index is None:
             raise StateError(
                 f"expected a complete feature table of {self.model.id} in {self.output}, found "
                 f"none. Compute it: fruits features IMAGES {self.output}"
             )
-        done = Pass(index, computed=0, reused=index.num_rows, dropped=0)
-        run = self._result(done, ignored=0)
+        self._check_components(index.num_rows)
+        ignored = previous["counts"]["ignored"] if previous else 0
+        run = self._result(pass_of(index), ignored)
         return self._finish(run, began)
+
+    def _check_output(self) -> Run | None:
+        return check_output(self.images, self.model, self.store, force=self.force)
+
+    def _check_components(self, images: int) -> None:
+        """Refuse a number of components that so many images cannot give, before they are read."""
+        most = min(self.model.dimensions, images - 1)
+        if self.pca.components is not None and self.pca.components > most > 0:
+            raise PCAError(
+                f"expected 1 to {most:,} components ({images:,} images with "
+                f"{self.model.dimensions:,} features each), found {self.pca.components}. Ask for "
+                "fewer, or add images."
+            )
 
     def _unchanged(self, previous: Run | None, listing: Listing) -> Run | None:
         """Return the previous run, recounted, if this one would only repeat it."""
@@ -163,12 +179,11 @@ class Job:
         index = nothing_to_compute(self.table, listing.images)
         if index is None or _digest_of(_digests(index)) != previous["pca"].get("digest"):
             return None
-        done = Pass(index, computed=0, reused=index.num_rows, dropped=0)
         return {
             **previous,
             "run_id": self._run_id(),
             "started": self.started.isoformat(),
-            "counts": _counts(done, listing.ignored),
+            "counts": _counts(pass_of(index), listing.ignored),
             "pca": {**previous["pca"], "fit": "unchanged", "rows_read": 0},
             "images_per_second": None,
         }
@@ -181,11 +196,12 @@ class Job:
     def _finish(self, run: Run, began: float) -> Run:
         run["timings"] = {**self.timings, "total": time.monotonic() - began}
         run["finished"] = datetime.now(UTC).isoformat()
-        content = json.dumps(run, indent=2, ensure_ascii=False).encode()
         if "matrix" in self.timings:
-            publish(self.store, content)
+            computed = run["counts"]["computed"]
+            run["made"] = {"run_id": run["run_id"], "timings": run["timings"], "computed": computed}
+            publish(self.store, _as_json(run))
         else:
-            self.store.write("run.json", content)  # nothing new: the result stays as it is
+            self.store.write("run.json", _as_json(run))  # nothing new: the result stays as it is
         return run
 
     def _result(self, done: Pass, ignored: int) -> Run:
@@ -243,7 +259,8 @@ class Job:
         try:
             state = State.from_files(files, f"{self.output}/model")
         except StateError:
-            if self.force:
+            # Without a run.json it is what a run left that died among its last steps.
+            if self.force or self.store.read("run.json") is None:
                 return None
             raise
         return state if state and state.model_id == self.model.id else None
@@ -276,7 +293,6 @@ class Job:
     ) -> Run:
         spark = self.spark()
         labels = Counter(label or "" for label in good["label"].to_pylist())
-        speed = self._speed(done)
         fit = "full" if rows_read == good.num_rows else "grown" if rows_read else "unchanged"
         return {
             "run_id": self._run_id(),
@@ -296,8 +312,8 @@ class Job:
                 "rows_read": rows_read,
                 "digest": _digest_of(state.covers),
             },
-            "images_per_second": speed and speed["images_per_second"],
-            "last_pass": speed,
+            "images_per_second": self._images_per_second(done.computed),
+            "largest_pass": _described(done.largest),
             "versions": _versions(spark),
             "cluster": {
                 "master": spark.sparkContext.master,
@@ -306,72 +322,11 @@ class Job:
             },
         }
 
-    def _speed(self, done: Pass) -> dict[str, float] | None:
-        """Return what it took to compute features, None where all of them were there."""
-        if not done.computed:
-            return None
-        seconds = self.timings["features"]
-        return {
-            "images": done.computed,
-            "seconds": seconds,
-            "images_per_second": done.computed / seconds,
-            "slots": task_slots(self.spark()),
-        }
+    def _images_per_second(self, computed: int) -> float | None:
+        return computed / self.timings["features"] if computed else None
 
     def _run_id(self) -> str:
         return f"{self.started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
-
-    def _check_output(self) -> Run | None:
-        """Return the run that OUTPUT holds, if it is one that this job may continue.
-
-        Raises
-        ------
-        OutputTakenError
-            When OUTPUT holds another run, features of another model, or something else.
-        """
-        if self.images.holds(self.output) or self.output.holds(self.images):
-            raise OutputTakenError(
-                f"expected IMAGES and OUTPUT apart, found one inside the other ({self.images}, "
-                f"{self.output}). Choose another OUTPUT."
-            )
-        odd = sorted(set("*?[]{}") & set(self.output.path))
-        if odd:
-            raise StorageError(
-                f"expected an OUTPUT whose name Spark reads as it stands, found {' '.join(odd)} in "
-                f"{self.output}, which Spark takes for a pattern. Choose another name."
-            )
-        content = self.store.read("run.json")
-        previous = None if content is None else _parse_run(content, self.output)
-        if self.force:
-            same = previous is not None and not self._difference(previous)
-            return previous if same else None
-        taken = self._difference(previous) if previous else self._foreign_content()
-        if taken:
-            raise OutputTakenError(
-                f"{self.output} holds {taken}. Choose another OUTPUT, or give --force to put this "
-                "run's result in its place."
-            )
-        return previous
-
-    def _difference(self, previous: Run) -> str | None:
-        if previous["images"] != str(self.images):
-            return f"the run of {previous['images']}, not of {self.images}"
-        if previous["model"]["id"] != self.model.id:
-            return f"features of the model {previous['model']['id']}, not of {self.model.id}"
-        return None
-
-    def _foreign_content(self) -> str | None:
-        if self.output.bucket is None and not Path(self.output.path).exists():
-            return None
-        for entry in self.store.list():
-            top, _, rest = entry.key.partition("/")
-            if top == "features":
-                model = rest.partition("/")[0]
-                if model != self.model.id:
-                    return f"features of the model {model}, not of {self.model.id}"
-            elif top not in {*RESULT, NEXT, "run.json"}:
-                return f"something else ({entry.key})"
-        return None
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -379,6 +334,16 @@ class Job:
         began = time.monotonic()
         yield
         self.timings[stage] = time.monotonic() - began
+
+
+def _as_json(run: Run) -> bytes:
+    return json.dumps(run, indent=2, ensure_ascii=False).encode()
+
+
+def _described(speed: Speed | None) -> dict[str, float] | None:
+    if speed is None:
+        return None
+    return {**asdict(speed), "images_per_second": speed.images / speed.seconds}
 
 
 def _counts(done: Pass, ignored: int) -> dict[str, int]:
@@ -449,15 +414,3 @@ def _versions(spark: SparkSession) -> dict[str, str]:
         "hadoop": hadoop_version(),
         **{package: version(package) for package in packages},
     }
-
-
-def _parse_run(content: bytes, output: Address) -> Run:
-    try:
-        run: Run = json.loads(content)
-        run["images"], run["model"]["id"], run["pca"]["requested"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"{output}/run.json is damaged ({error!r}). Remove it and run again: the features "
-            "are kept, and the result is made anew."
-        ) from error
-    return run

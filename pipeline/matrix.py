@@ -17,6 +17,7 @@ from pyspark.core.broadcast import Broadcast
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as st
 
+from pipeline.errors import StateError
 from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
 
@@ -52,7 +53,13 @@ def write_matrix(spark: SparkSession, features: DataFrame, pca: PCA, output: Sto
     rows.write.mode("overwrite").parquet((folder / "matrix.parquet").uri)
     matrix = spark.read.schema(schema).parquet((folder / "matrix.parquet").uri)
     one_file = matrix.repartition(1).sortWithinPartitions("path")
-    one_file.write.mode("overwrite").csv((folder / "csv").uri, header=True, escape='"')
+    one_file.write.mode("overwrite").csv(
+        (folder / "csv").uri,
+        header=True,
+        escape='"',
+        ignoreLeadingWhiteSpace=False,  # names are kept as they are, as in Parquet
+        ignoreTrailingWhiteSpace=False,
+    )
     (part,) = (entry.key for entry in output.list(f"{NEXT}/csv/part-") if entry.key.endswith("csv"))
     output.move(part, f"{NEXT}/matrix.csv")
     output.delete(f"{NEXT}/csv")
@@ -103,12 +110,23 @@ def publish(output: Store, run: bytes) -> None:
 
     Whoever reads an OUTPUT that has a run.json reads one whole result. A run that dies in between
     leaves none, and the next one makes the result again from the features, which are kept.
+
+    Raises
+    ------
+    StateError
+        When a part is not there: another run has used the same OUTPUT meanwhile.
     """
+    prepared = {name: [entry.key for entry in output.list(f"{NEXT}/{name}")] for name in RESULT}
+    for name, keys in prepared.items():
+        if not keys:
+            raise StateError(
+                f"expected {name} in {output.address / NEXT}, found it gone: another run writes to "
+                "this OUTPUT. Run again, one run at a time, or name another OUTPUT."
+            )
     output.delete("run.json")
-    for name in RESULT:
-        prepared = [entry.key for entry in output.list(f"{NEXT}/{name}")]
+    for name, keys in prepared.items():
         output.delete(name)
-        for key in prepared:
+        for key in sorted(keys, key=lambda key: key.endswith("/_SUCCESS")):  # true once it is there
             output.move(key, key.removeprefix(f"{NEXT}/"))
     output.delete(NEXT)
     output.write("run.json", run)

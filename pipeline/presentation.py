@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 
 from pipeline.browser import print_to_pdf
 from pipeline.errors import StateError
+from pipeline.output import Run, read_run
 from pipeline.report import (
     ACCENT,
     COLOURS,
@@ -46,6 +46,7 @@ from pipeline.storage import Address, S3Settings, Store, open_store
 
 SOURCE = Path(__file__).parents[1] / "notebooks"
 WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
+UNLABELLED = "sans étiquette"
 FRUITS_360 = "Photos : Fruits-360, Mihai Oltean, CC BY-SA 4.0."
 SAMPLE = "Images dessinées par le programme, pour l'exemple."
 NETWORKS = {"mobilenet_v2": "MobileNetV2", "efficientnet_lite0": "EfficientNet-Lite0"}
@@ -105,28 +106,27 @@ def build_presentation(
     return [html, pdf]
 
 
-def _read_run(store: Store, result: Address) -> dict[str, Any]:
-    content = store.read("run.json")
-    if content is None:
+def _read_run(store: Store, result: Address) -> Run:
+    run = read_run(store)
+    if run is None:
         raise StateError(
             f"expected the result of a run in {result}, found no run.json. Make one (make "
             "demo), or name yours: OUTPUT=folder or OUTPUT=s3a://bucket/result"
         )
-    run: dict[str, Any] = json.loads(content)
     return run
 
 
 def _page(run: dict[str, Any], store: Store, author: str, credit: str | None) -> str:
-    if not run.get("last_pass"):
+    if not run.get("largest_pass") or not run.get("made"):
         raise StateError(
-            "expected a run that tells how fast its features were computed, found one that found "
-            "them all there. Run into a new OUTPUT and name that."
+            "expected a run that tells how fast its features were computed, found one of an older "
+            "version that does not. Run into a new OUTPUT and name that."
         )
     shares = _variance_ratio(store)
     plots = {
         "scree": _scree(shares, run["pca"]["k"]),
         "cloud": _cloud(_scores(store), shares),
-        "stages": _stages(run["timings"]),
+        "stages": _stages(run["made"]["timings"]),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SOURCE), autoescape=True, undefined=jinja2.StrictUndefined
@@ -198,7 +198,7 @@ def _varieties(store: Store) -> list[dict[str, Any]]:
     page = BeautifulSoup(_content(store, "report.html"), "html.parser")
     return [
         {
-            "name": article.h3.get_text(strip=True),
+            "name": UNLABELLED if article.h3.i else article.h3.get_text(strip=True),
             "pictures": [Markup(picture["src"]) for picture in article.select("img")],  # noqa: S704
         }
         for article in page.select("article.variety")
@@ -215,9 +215,9 @@ def _content(store: Store, name: str) -> bytes:
 
 def _scaling(run: Mapping[str, Any]) -> list[list[str]]:
     """Return rows of what grows with the images: its name, today, ten and a hundred times."""
-    images, slots = run["counts"]["listed"], run["last_pass"]["slots"]
+    images, slots = run["counts"]["listed"], run["largest_pass"]["slots"]
     dimensions, k = run["model"]["dimensions"], run["pca"]["k"]
-    seconds = images / run["last_pass"]["images_per_second"]
+    seconds = images / run["largest_pass"]["images_per_second"]
     times = (1, 10, 100)
     hour = [f"{max(slots, int(np.ceil(slots * seconds * n / 3600)))}" for n in times]
     return [
@@ -270,11 +270,12 @@ def _cloud(scores: pa.Table, shares: Floats) -> Figure:
                 alpha=0.8,
                 linewidths=0,
                 rasterized=True,
-                label=name or "sans étiquette",
+                label=name or UNLABELLED,
             )
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_xlabel(f"composante 1 ({percent(float(shares[0]))})")
-        axes.set_ylabel(f"composante 2 ({percent(float(shares[1]))})")
+        if len(shares) > 1:
+            axes.set_ylabel(f"composante 2 ({percent(float(shares[1]))})")
         figure.legend(
             loc="outside right center",
             ncols=1 + (len(names) > 16),

@@ -7,10 +7,11 @@ with `_` or `.` and cannot express some others; S3's own clients show every key 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.errors import StorageError
+from pipeline.errors import OutputTakenError, StorageError
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Store
@@ -209,6 +210,25 @@ class FolderStore:
                 target.unlink(missing_ok=True)
 
 
+def check_replaceable(folder: Path, ours: Container[str]) -> None:
+    """Make sure that `replacing` a folder loses nothing: it is free, or holds `ours` only.
+
+    Raises
+    ------
+    OutputTakenError
+        When it holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputTakenError(f"{folder} is a file; choose another folder.")
+    names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if name not in ours and name != ".DS_Store"]
+    if foreign:
+        raise OutputTakenError(
+            f"{folder} holds something else ({foreign[0]}), which would be lost. Choose another "
+            "folder."
+        )
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder to fill, which takes the place of `folder` once it is complete."""
@@ -270,7 +290,7 @@ class BucketStore:
             aws_secret_access_key=self.s3.secret_key,
             config=Config(
                 connect_timeout=5,
-                read_timeout=20,
+                read_timeout=40,  # four times: a server that stands still for a while is sat out
                 retries={"total_max_attempts": 4, "mode": "standard"},
                 max_pool_connections=32,
                 s3={"addressing_style": "path" if self.s3.endpoint else "auto"},
@@ -335,7 +355,9 @@ class BucketStore:
         with self._readable_errors():
             for start in range(0, len(keys), 1000):
                 some = [{"Key": self._full(key)} for key in keys[start : start + 1000]]
-                self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": some})
+                answer = self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": some})
+                for error in answer.get("Errors", []):  # a key's own, in an answer of 200
+                    raise StorageError(self._explain(error))
 
     def create_bucket(self) -> None:
         """Create the bucket of this address."""
@@ -391,7 +413,8 @@ class ImageReader:
         """Return a thread-safe function from key to (bytes, version).
 
         It raises FileNotFoundError for an object that is gone, PermissionError for one that is
-        forbidden, ValueError for a key that cannot be asked for, OSError when S3 does not answer.
+        forbidden, ValueError for a key that cannot be asked for or a file that its disk does not
+        give, OSError when S3 does not answer.
         """
         return self._open_folder() if self.address.bucket is None else self._open_bucket()
 
@@ -399,8 +422,13 @@ class ImageReader:
         folder = Path(self.address.path)
 
         def read(key: str) -> tuple[bytes, str]:
-            with (folder / key).open("rb") as file:
-                return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
+            try:
+                with (folder / key).open("rb") as file:
+                    return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.EIO):  # links in a circle, a bad sector
+                    raise ValueError(f"cannot be read: {error.strerror}") from error
+                raise
 
         return read
 

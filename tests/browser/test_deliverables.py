@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pyarrow.parquet as pq
 import pytest
+from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
 
 from pipeline.browser import chromium
@@ -94,6 +95,27 @@ def test_names_files_and_counts_are_those_of_the_run(built: Path) -> None:
         content = (images / "result" / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == told["sha256"], name
     assert run["images"] in (images / "README.txt").read_text()
+
+
+def test_a_folders_name_is_text_in_the_slides(
+    built: Path, browser: Browser, tmp_path: Path
+) -> None:
+    copy = tmp_path / "result"
+    shutil.copytree(built / f"P8_02_images_{NAME}" / "result", copy)
+    report = BeautifulSoup((copy / "report.html").read_text(), "html.parser")
+    evil = '<img src=x onerror="window.taken = 1">'
+    report.select_one("article.variety h3").string = evil
+    (copy / "report.html").write_text(str(report))
+    done = run_fruits(tmp_path, "presentation", "--result", copy, "--output", tmp_path / "slides")
+    assert done.returncode == 0, done.stderr
+    page = open_file(browser, tmp_path / "slides.html")
+    page.wait_for_function("window.Reveal && Reveal.isReady()")
+    captions = page.evaluate(
+        "() => [...document.querySelectorAll('figcaption')].map(one => one.textContent)"
+    )
+    assert evil in captions
+    assert page.evaluate("() => window.taken") is None
+    page.close()
 
 
 def test_slides_tell_the_runs_figures_and_none_overflows(built: Path, browser: Browser) -> None:

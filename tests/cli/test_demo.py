@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_result_is_never_replaced(fruits: Fruits, tmp_path: 
     (target / "beach.jpg").write_text("x")
     done = fruits("demo", "--output", target, **OFFLINE)
     assert done.returncode == 1
-    assert "Choose another OUTPUT" in done.stderr
+    assert "something else (beach.jpg), which would be lost" in done.stderr
     assert (target / "beach.jpg").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,8 @@ def pictures(fruit_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         (folder / key).parent.mkdir(exist_ok=True)
         (folder / key).write_bytes(content)
     (folder / "readme.txt").write_text("not an image")
+    first = min(folder.iterdir())
+    first.rename(folder / f" {first.name} ")
     return folder
 
 
@@ -74,7 +77,8 @@ def test_the_whole_job_writes_all_that_it_promises(
     assert list(rows[0]) == names
     table = pq.read_table(output / "matrix.parquet").sort_by("path")
     assert table.column_names == names
-    assert [row["path"] for row in rows] == table["path"].to_pylist()
+    for name in names[:2]:
+        assert [row[name] or None for row in rows] == table[name].to_pylist()
     for name in names[2:]:
         np.testing.assert_array_equal([float(row[name]) for row in rows], table[name].to_numpy())
 
@@ -100,6 +104,8 @@ def test_a_rerun_with_nothing_new_starts_no_spark(
     run = run_json(output)
     assert (run["counts"]["computed"], run["counts"]["reused"]) == (0, 52)
     assert "spark" not in run["timings"]
+    assert "features" in run["made"]["timings"]
+    assert (run["made"]["computed"], run["largest_pass"]["images"]) == (52, 52)
     assert (output / "matrix.csv").stat().st_mtime_ns == before
 
 
@@ -113,6 +119,7 @@ def test_a_grown_folder_costs_its_own_part_and_equals_a_run_from_scratch(
     run = run_json(output)
     assert (run["counts"]["computed"], run["counts"]["reused"]) == (3, 52)
     assert (run["pca"]["fit"], run["pca"]["rows_read"]) == ("grown", 3)
+    assert (run["made"]["computed"], run["largest_pass"]["images"]) == (3, 52)
 
     scratch = output.with_name("scratch")
     assert fruits("run", pictures, scratch, *SMALL).returncode == 0
@@ -155,6 +162,16 @@ def test_features_and_pca_apart_give_the_matrix_of_run(
     done = fruits("pca", apart, "--standardize")
     assert done.returncode == 0, done.stderr
     assert_same_matrix(apart, output)
+    assert run_json(apart)["largest_pass"]["images"] == 55
+
+
+def test_more_components_than_images_are_refused_before_anything_is_read(
+    fruits: Fruits, pictures: Path, tmp_path: Path
+) -> None:
+    done = fruits("run", pictures, tmp_path / "output", *SMALL, "--components", 500)
+    assert done.returncode == 1
+    assert re.search(r"expected 1 to 54 components \(55 images with 1,280 features", done.stderr)
+    assert not (tmp_path / "output").exists()
 
 
 def test_more_components_than_the_rank_is_an_error_and_the_result_stays(
@@ -179,6 +196,17 @@ def test_a_damaged_state_is_told_and_force_fits_anew(
     done = fruits("run", pictures, output, *SMALL, "--force")
     assert done.returncode == 0, done.stderr
     assert run_json(output)["pca"]["fit"] == "full"
+
+
+def test_a_run_that_died_among_its_last_steps_is_made_good_by_the_same_command(
+    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
+) -> None:
+    (output / "run.json").unlink()
+    (output / "model" / "state.npz").unlink()
+    done = fruits("run", pictures, output, *SMALL)
+    assert done.returncode == 0, done.stderr
+    run = run_json(output)
+    assert (run["counts"]["computed"], run["pca"]["fit"]) == (0, "full")
 
 
 SMALL_BATCHES = """

@@ -241,6 +241,12 @@ def reason(content: bytes) -> str:
     return str(refused.value)
 
 
+def test_a_long_thin_jpeg_is_refused_for_what_is_left_of_it() -> None:
+    content = encoded(Image.new("RGB", (20_000, 700), "white"), "JPEG")
+    with pytest.raises(BadImageError, match="20000 x 700 pixels leave 20000 x 700 for a square of"):
+        decode(content, 224)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

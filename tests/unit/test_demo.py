@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.demo import check_target, copy_result, demo_images, demo_weights
+from pipeline.demo import check_target, copy_result, demo_images, demo_weights, weights_file
 from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
 from pipeline.matrix import RESULT
 from pipeline.sample import VARIETIES
@@ -95,6 +95,32 @@ def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path: Path) ->
     assert not list(tmp_path.rglob("evil.jpg"))
 
 
+def test_a_link_is_a_copy_and_never_a_way_out_and_times_are_kept(tmp_path: Path) -> None:
+    file = archive(tmp_path / "1.tar", "Kiwi/0.jpg")
+    with tarfile.open(file, "a") as content:
+        for name, kind, to in (
+            ("Kiwi/1.jpg", tarfile.LNKTYPE, "Kiwi/0.jpg"),
+            ("Kiwi/2.jpg", tarfile.SYMTYPE, "0.jpg"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mtime = kind, to, 1_700_000_000
+            content.addfile(member)
+    with demo_images(file) as (folder, _):
+        assert contents(folder) == dict.fromkeys(
+            ("Kiwi/0.jpg", "Kiwi/1.jpg", "Kiwi/2.jpg"), b"Kiwi/0.jpg"
+        )
+        assert not any(each.is_symlink() for each in folder.rglob("*"))
+        assert (folder / "Kiwi/1.jpg").stat().st_mtime == 1_700_000_000
+    out = tmp_path / "secret.jpg"
+    out.write_bytes(b"secret")
+    with tarfile.open(file, "a") as content:
+        member = tarfile.TarInfo("Kiwi/3.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, str(out)
+        content.addfile(member)
+    with pytest.raises(NoImagesError, match="linkname"), demo_images(file):
+        pytest.fail("it was taken")
+
+
 # --- weights ---------------------------------------------------------------------------------
 
 
@@ -142,6 +168,11 @@ def test_a_folder_of_several_weights_or_none_is_refused_with_what_it_holds(tmp_p
         demo_weights(str(tmp_path), None)
 
 
+def test_a_file_of_weights_that_is_not_there_is_told_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no\.h5, found none"):
+        weights_file(tmp_path / "no.h5")
+
+
 def test_without_a_download_the_other_network_takes_its_place_and_says_so(
     no_download: None,
 ) -> None:
@@ -180,10 +211,17 @@ def test_a_free_folder_or_an_earlier_result_may_be_the_target(tmp_path: Path) ->
 
 def test_anything_else_is_left_alone(tmp_path: Path) -> None:
     write(tmp_path, thesis_doc=b"mine")
-    with pytest.raises(OutputTakenError, match="no earlier result"):
+    with pytest.raises(OutputTakenError, match=r"something else \(thesis\.doc\)"):
         check_target(tmp_path)
     with pytest.raises(OutputTakenError, match=r"thesis\.doc is a file"):
         check_target(tmp_path / "thesis.doc")
+
+
+def test_a_run_that_was_made_there_keeps_its_features(tmp_path: Path) -> None:
+    write(tmp_path, run_json=b"{}", report_html=b"")
+    (tmp_path / "features").mkdir()
+    with pytest.raises(OutputTakenError, match=r"something else \(features\), which would be lost"):
+        check_target(tmp_path)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from pipeline import features
 from pipeline.backbones import Model
+from pipeline.decode import BadImageError
 from pipeline.errors import StateError
 from pipeline.features import (
     ARROW_ROWS,
@@ -30,6 +31,7 @@ from pipeline.features import (
     READ,
     ROWS,
     FeatureTable,
+    Speed,
     _checked,
     _count_gone,
     _index_schema,
@@ -38,8 +40,10 @@ from pipeline.features import (
     _PassOverImages,
     _read_ahead,
     _Unreadable,
+    largest_pass,
     models_in,
     nothing_to_compute,
+    pass_of,
 )
 from pipeline.images import LISTING, list_images
 from pipeline.job import _digests
@@ -159,14 +163,29 @@ def test_an_image_is_read_only_as_it_was_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [PermissionError("forbidden"), ValueError("not a key")])
 def test_an_image_that_may_not_be_read_says_why(error: Exception) -> None:
-    outcome = _checked(failing(error))({"path": "a.jpg", "version": "1"})
+    outcome = _checked(failing(error))({"path": "a.jpg", "length": 1, "version": "1"})
     assert isinstance(outcome, _Unreadable)
     assert str(outcome) == str(error)
 
 
 def test_an_s3_that_does_not_answer_is_not_the_images_fault() -> None:
     with pytest.raises(OSError, match="connection refused"):
-        _checked(failing(OSError("connection refused")))({"path": "a.jpg", "version": "1"})
+        row = {"path": "a.jpg", "length": 1, "version": "1"}
+        _checked(failing(OSError("connection refused")))(row)
+
+
+def test_a_file_too_large_for_memory_is_not_read() -> None:
+    row = {"path": "a.tif", "length": 3_000_000_000, "version": "1"}
+    outcome = _checked(failing(AssertionError("it was read")))(row)
+    assert isinstance(outcome, BadImageError)
+    assert str(outcome) == "3,000,000,000 bytes are more than the 128,000,000 that are read"
+
+
+def test_links_in_a_circle_are_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to("a.jpg")
+    (row,) = listing_of(tmp_path).to_pylist()
+    outcome = _checked(ImageReader(address_of(tmp_path), S3Settings()).open())(row)
+    assert str(outcome) == "cannot be read: Too many levels of symbolic links"
 
 
 def failing(error: Exception) -> Callable[[str], tuple[bytes, str]]:
@@ -422,6 +441,15 @@ def test_the_index_survives_its_file_and_knows_where_its_images_lie(table: Featu
     assert found is not None
     assert found.cast(_index_schema()).equals(index)
     assert table.images() == Address("fruits", "images é")
+    assert largest_pass(found) is None
+
+
+def test_the_speed_of_the_largest_pass_is_kept_with_the_index(table: FeatureTable) -> None:
+    speed = Speed(images=600, seconds=12.5, slots=2)
+    table.write_index(index_of(("a", "1", "batch")), Address("fruits", ""), speed)
+    found = table.read_index()
+    assert found is not None
+    assert pass_of(found).largest == speed
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.errors import StateError
 from pipeline.matrix import (
     NEXT,
     RESULT,
@@ -122,6 +123,33 @@ def test_nothing_of_an_earlier_result_is_left_and_features_are_kept(output: Fold
         "run.json": b"2",
         "features/m/model.json": b"kept",
     }
+
+
+def test_a_result_that_another_run_has_taken_away_costs_nothing(output: FolderStore) -> None:
+    prepare(output, b"first")
+    publish(output, b"1")
+    before = content_of(output)
+    prepare(output, b"second")
+    output.delete(f"{NEXT}/model")
+    with pytest.raises(StateError, match=r"expected model in .*_next, found it gone: another run"):
+        publish(output, b"2")
+    assert before.items() <= content_of(output).items()
+
+
+def test_a_table_is_marked_complete_when_all_of_it_is_there(
+    output: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(output, b"first")
+    moved = []
+    move = FolderStore.move
+    monkeypatch.setattr(
+        FolderStore,
+        "move",
+        lambda store, source, target: (moved.append(target), move(store, source, target)),
+    )
+    publish(output, b"1")
+    table = [name for name in moved if name.startswith("matrix.parquet/")]
+    assert table == ["matrix.parquet/part-0.parquet", "matrix.parquet/_SUCCESS"]
 
 
 def test_a_reader_never_sees_a_run_beside_half_a_result(

@@ -1,0 +1,106 @@
+"""Whose an OUTPUT is: free, of this job's earlier runs, or of something else that must stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbones import Model
+from pipeline.errors import OutputTakenError, StateError, StorageError
+from pipeline.matrix import NEXT, RESULT
+from pipeline.storage import Address, Store
+
+Run = dict[str, Any]  # the content of run.json
+
+
+def check_output(
+    images: Address, model: Model, output: Store, *, force: bool = False
+) -> Run | None:
+    """Return the run that OUTPUT holds, if it is one that a job may continue.
+
+    Parameters
+    ----------
+    images, model
+        What the job reads, and what makes its features.
+    force
+        Take an OUTPUT that holds anything else.
+
+    Raises
+    ------
+    OutputTakenError
+        When OUTPUT holds another run, features of another model, or something else.
+    """
+    if images.holds(output.address) or output.address.holds(images):
+        raise OutputTakenError(
+            f"expected IMAGES and OUTPUT apart, found one inside the other ({images}, "
+            f"{output.address}). Choose another OUTPUT."
+        )
+    odd = sorted(set("*?[]{}") & set(output.address.path))
+    if odd:
+        raise StorageError(
+            f"expected an OUTPUT whose name Spark reads as it stands, found {' '.join(odd)} in "
+            f"{output.address}, which Spark takes for a pattern. Choose another name."
+        )
+    previous = check_run(images, model, output, force=force)
+    if previous is None and not force:
+        _refuse(output, _foreign_content(output, model.id))
+    return previous
+
+
+def check_run(images: Address, model: Model, output: Store, *, force: bool = False) -> Run | None:
+    """Return the run that OUTPUT holds, if there is one; refuse that of other images or models.
+
+    Parameters are those of `check_output`, which also looks at what else is there.
+    """
+    previous = read_run(output)
+    different = _difference(previous, images, model) if previous else None
+    if not force:
+        _refuse(output, different)
+    return None if different else previous
+
+
+def _refuse(output: Store, taken: str | None) -> None:
+    if taken:
+        raise OutputTakenError(
+            f"{output.address} holds {taken}. Choose another OUTPUT; fruits run --force puts this "
+            "run's result in its place."
+        )
+
+
+def read_run(output: Store) -> Run | None:
+    """Return the content of an OUTPUT's run.json, None where there is none."""
+    content = output.read("run.json")
+    if content is None:
+        return None
+    try:
+        run: Run = json.loads(content)
+        run["images"], run["model"]["id"], run["pca"]["requested"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{output.address}/run.json is damaged ({error!r}). Remove it and run again: the "
+            "features are kept, and the result is made anew."
+        ) from error
+    return run
+
+
+def _difference(previous: Run, images: Address, model: Model) -> str | None:
+    if previous["images"] != str(images):
+        return f"the run of {previous['images']}, not of {images}"
+    if previous["model"]["id"] != model.id:
+        return f"features of the model {previous['model']['id']}, not of {model.id}"
+    return None
+
+
+def _foreign_content(output: Store, model_id: str) -> str | None:
+    if output.address.bucket is None and not Path(output.address.path).exists():
+        return None
+    for entry in output.list():
+        top, _, rest = entry.key.partition("/")
+        if top == "features":
+            found = rest.partition("/")[0]
+            if found != model_id:
+                return f"features of the model {found}, not of {model_id}"
+        elif top not in {*RESULT, NEXT, "run.json"}:
+            return f"something else ({entry.key})"
+    return None
