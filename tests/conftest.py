@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +15,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
+from pipeline.demo import unpack, weights_file
 from pipeline.laptop import Loopback, loopback_cluster
 from pipeline.sample import render_sample
 from pipeline.session import make_session
@@ -28,11 +28,13 @@ class FolderScheduling(LoadScopeScheduling):
     """Run two folders of tests beside each other, the longest first.
 
     Within a folder, tests share servers and follow one another. Those on hosts, which take longest,
-    wait more than they compute: the others fill the cores meanwhile.
+    wait more than they compute: the others fill the cores meanwhile. The files of tests/cli share
+    nothing: each is a folder of its own here, and neither process is left with all of them.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid.split("/")[1]
+        _, folder, file, *_ = nodeid.split("::")[0].split("/")
+        return f"{folder}/{file}" if folder == "cli" else folder
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FolderScheduling:
@@ -86,8 +88,7 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not archive.is_file():
         pytest.skip("needs fruits-360-sample.tar in the folder that FRUITS_IMAGES names")
     folder = tmp_path_factory.mktemp("photos")
-    with tarfile.open(archive) as content:
-        content.extractall(folder, filter="data")
+    unpack(archive, folder)
     return folder
 
 
@@ -95,10 +96,9 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_weights() -> Path:
     """MobileNetV2's ImageNet weights, which FRUITS_WEIGHTS names."""
     given = Path(os.environ.get("FRUITS_WEIGHTS") or "none")
-    files = sorted(given.glob("*.h5")) if given.is_dir() else [given]
-    if not files or not files[0].is_file():
+    if not given.exists():
         pytest.skip("needs MobileNetV2's weights: FRUITS_WEIGHTS names a .h5 file or its folder")
-    return files[0]
+    return weights_file(given)
 
 
 Fruits = Callable[..., "subprocess.CompletedProcess[str]"]
