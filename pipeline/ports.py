@@ -13,12 +13,15 @@ LOWEST = 20_000  # below it are ports that people know
 LINUX_SAYS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 ELSEWHERE = 49_152  # where the ports of connections begin by RFC 6335
 
+_given: set[int] = set()  # by this process: their servers may still be on the way to them
+
 
 def free_ports(host: str, count: int) -> list[int]:
     """Find ports at an address of this machine that nothing listens on, nor a connection takes.
 
     A server of Java takes seconds to get to its port. Meanwhile, one of those that the system gives
-    to connections may have gone to one: on a busy machine, that is one start in a hundred.
+    to connections may have gone to one: on a busy machine, that is one start in a hundred. For the
+    same reason no port is given twice.
 
     Raises
     ------
@@ -26,14 +29,16 @@ def free_ports(host: str, count: int) -> list[int]:
         When there are not so many.
     """
     ports = range(LOWEST, _first_of_connections())
+    left = [port for port in ports if port not in _given]
     with ExitStack() as stack:
         found: list[int] = []
-        for port in secrets.SystemRandom().sample(ports, len(ports)):
+        for port in secrets.SystemRandom().sample(left, len(left)):
             probe = stack.enter_context(socket.socket())
             with suppress(OSError):
                 probe.bind((host, port))
                 found.append(port)
             if len(found) == count:
+                _given.update(found)
                 return found
     raise ClusterError(
         f"expected {count} free ports from {ports.start} to {ports.stop - 1} on {host}, found "
