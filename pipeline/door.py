@@ -32,7 +32,7 @@ from pipeline.storage import Address, S3Settings, open_store
 
 PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
 WHOLE_FILES = "pipeline.notebook_files.WholeFiles"  # by name: workers have no JupyterLab
-SECONDS_TO_RECOVER = 45.0  # of a master that starts; its unit allows 90
+SECONDS_TO_RECOVER = 45.0  # of a master that starts; its unit allows 300
 RUNNING = "running-application"  # the address that pipeline.running answers
 TITLES = {
     "spark": "Spark master and workers",
@@ -255,7 +255,10 @@ def await_recovery(page: str, token: str, *, looks: int = 5, pause: float = 3.0)
     wrong: set[str] | None = None
     for _ in range(looks):
         time.sleep(pause)
-        workers = alive_workers(master_state(page, token))
+        try:
+            workers = alive_workers(master_state(page, token))
+        except OSError:  # it has no time to answer: the next look tells
+            continue
         own = {}
         for worker in workers:
             with suppress(OSError):

@@ -6,12 +6,14 @@ import base64
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from pipeline import door
 from pipeline.door import _keep_inside, await_recovery, keep_password, miscounted, page_token
 from tests.pages import Pages, serving
 
@@ -98,3 +100,17 @@ def test_a_master_that_counts_a_slot_wrongly_in_every_look_is_told(master: Pages
     assert await_recovery(master.url, "a-token", looks=3, pause=0.01) == {"one"}
     assert len(master.asked) == 4
     assert {headers["Authorization"] for _, _, headers in master.asked} == {"Bearer a-token"}
+
+
+def test_a_look_that_gets_no_answer_is_passed_over(
+    master: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = master.answers["/json/"]
+    assert isinstance(state, dict)
+    state["workers"][0]["coresused"] = 2
+    before_each_look = iter(
+        [master.answers.clear, lambda: master.answers.update({"/json/": state})]
+    )
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: next(before_each_look)())
+    monkeypatch.setattr(door, "time", clock)
+    assert await_recovery(master.url, "a-token", looks=2) == {"one"}
