@@ -129,9 +129,10 @@ class Watch:
         """Look until the cluster has been idle for long enough, then stop it."""
         last = time.time()
         while True:
+            looked = time.time()  # to look takes a while, too
             uses = list(self.uses())
             last = max([last, *(use.at for use in uses)])
-            if time.time() - last >= self.hours * 3600:
+            if looked - last >= self.hours * 3600:
                 sys.stderr.write(f"idle for {self.hours:g} hours: stopping {self.cluster}\n")
                 stop(ec2, self.cluster)
                 return
