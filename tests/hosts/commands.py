@@ -99,5 +99,5 @@ def prepare_machine() -> None:
     if missing:
         say(f"installing {', '.join(missing)} with apt ...")
         call("apt-get", "update", "-qq")
-        wait = ("-o", "DPkg::Lock::Timeout=120")  # another apt may be at work
+        wait = ("-o", "DPkg::Lock::Timeout=600")  # another apt may be at work
         call("apt-get", "install", *wait, "-y", "-qq", "--no-install-recommends", *missing)
