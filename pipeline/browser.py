@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Error, sync_playwright
 
 from pipeline.errors import BrowserError
 
+MILLISECONDS = 180_000  # a page needs one or two thousand, on a machine that stands still more
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # It asks its maker's servers for updates and the like at every start, unless it is told not to.
 QUIET = [
@@ -45,6 +46,7 @@ def chromium(program: str | None = None) -> Iterator[Browser]:
             browser = playwright.chromium.launch(
                 executable_path=found,
                 args=QUIET,
+                timeout=MILLISECONDS,
                 # Chromium's own sandbox cannot be set up by root; what is opened here is our own.
                 chromium_sandbox=os.geteuid() != 0,
             )
@@ -64,6 +66,7 @@ def print_to_pdf(page: Path, target: Path, query: str = "") -> None:
     """Print an HTML file, in the size that it asks for itself."""
     with chromium() as browser:
         tab = browser.new_page()
+        tab.set_default_timeout(MILLISECONDS)
         tab.goto(f"{page.absolute().as_uri()}?{query}", wait_until="load")
         tab.wait_for_function("!window.Reveal || Reveal.isReady()")
         tab.pdf(path=target, prefer_css_page_size=True, print_background=True)

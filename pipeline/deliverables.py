@@ -39,6 +39,7 @@ from pipeline.storage import (
 )
 
 NOTEBOOK = SOURCE / "fruits.ipynb"
+SECONDS_TO_ANSWER = 300  # of a kernel; on a machine that stands still for a while, 4 are too few
 RESULT_OF_NOTEBOOK = Address("fruits", "notebook")  # what it takes where nothing else is said
 
 
@@ -83,6 +84,8 @@ def _execute(target: Path, parameters: dict[str, str]) -> None:
             kernel_name="python3",
             progress_bar=False,
             cwd=NOTEBOOK.parent,
+            start_timeout=SECONDS_TO_ANSWER,
+            iopub_timeout=SECONDS_TO_ANSWER,
         )
     except papermill.PapermillExecutionError as error:
         raise DeliverableError(

@@ -47,7 +47,7 @@ def find_java_home() -> Path:
 def java_version(java: Path) -> int | None:
     """Return the feature release that `java -version` prints (17 for 17.0.15), None if it fails."""
     try:
-        run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60)  # noqa: S603
+        run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=300)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r'version "(?:1\.)?(\d+)', run.stderr)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import class_archive, seaweed
 from pipeline.door import registered_workers
@@ -31,12 +31,14 @@ from pipeline.ports import free_ports
 from pipeline.session import COMMON_SETTINGS
 from pipeline.storage import S3Settings
 
+T = TypeVar("T")
+
 HOST = "127.0.0.1"
 HOME = "s3a://fruits"  # where a notebook finds images and puts results
 WORKERS = 2
 # Of Java; Python and the model come on top of it. Two applications fit: a notebook and a run.
 EXECUTOR_MEMORY, WORKER_MEMORY = "1g", "2g"
-SECONDS_TO_START = 90.0
+SECONDS_TO_START = 240.0  # a server that ends before is told at once
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,8 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
             servers.start(work.name, _worker_command(master, work))
         if with_s3:
             servers.wait("s3", lambda: seaweed.answers(s3))
-        servers.wait("worker-1", lambda: len(_workers(master) or []) == WORKERS)
-        workers = enumerate(registered_workers(master.page), 1)
-        pages = {f"worker {number}": worker["webuiaddress"] for number, worker in workers}
+        workers = servers.wait("worker-1", lambda: _all_workers(master))
+        pages = {f"worker {n}": worker["webuiaddress"] for n, worker in enumerate(workers, 1)}
         yield Loopback(master.url, {"master": master.page, **pages}, folder / "conf", s3)
 
 
@@ -141,10 +142,10 @@ class _Servers:
                 cwd=self.folder,
             )
 
-    def wait(self, name: str, ready: Callable[[], bool]) -> None:
-        """Wait until a server is ready, as long as it lives."""
+    def wait(self, name: str, ready: Callable[[], T]) -> T:
+        """Wait for what a server that is ready gives, as long as it lives; return that."""
         deadline = time.monotonic() + SECONDS_TO_START
-        while not ready():
+        while not (found := ready()):
             if self.guards[name].poll() is not None or time.monotonic() > deadline:
                 tail = self._log(name).read_text(errors="replace").splitlines()[-8:]
                 raise ClusterError(
@@ -152,6 +153,7 @@ class _Servers:
                     "Run again; its log ends:\n" + "\n".join(tail)
                 )
             time.sleep(0.1)
+        return found
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -197,6 +199,12 @@ def _workers(master: _Master) -> list[Any] | None:
         return registered_workers(master.page)
     except (OSError, ValueError):
         return None
+
+
+def _all_workers(master: _Master) -> list[Any]:
+    """Return the workers once all have registered, none before."""
+    known = _workers(master) or []
+    return known if len(known) == WORKERS else []
 
 
 def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:

@@ -132,7 +132,7 @@ class Account:
     def ask_moto(
         self, method: str, path: str, headers: dict[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.moto_port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.moto_port, timeout=600)
         try:
             connection.request(method, path, body=body, headers=headers)
             answer = connection.getresponse()
@@ -371,11 +371,11 @@ def account(folder: Path) -> Iterator[Account]:
             serving.join(10)
     finally:
         moto.terminate()
-        moto.wait(20)
+        moto.wait(120)
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

@@ -15,7 +15,7 @@ import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
 
-from pipeline.browser import chromium
+from pipeline.browser import MILLISECONDS, chromium
 from pipeline.deliverables import NOTEBOOK, build_deliverables
 from pipeline.errors import DeliverableError, OutputTakenError, StateError
 from pipeline.presentation import build_presentation
@@ -152,6 +152,7 @@ def test_pages_ask_nothing_of_the_network(built: Path, browser: Browser) -> None
     for file in sorted(built.glob("*.html")):
         asked: list[str] = []
         page = browser.new_page()
+        page.set_default_timeout(MILLISECONDS)
         page.on("request", lambda request, asked=asked: asked.append(request.url))
         page.goto(file.as_uri(), wait_until="networkidle")
         assert [url[:80] for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
@@ -159,6 +160,7 @@ def test_pages_ask_nothing_of_the_network(built: Path, browser: Browser) -> None
 
 def open_file(browser: Browser, file: Path) -> Page:
     page = browser.new_page(viewport={"width": 1280, "height": 720})
+    page.set_default_timeout(MILLISECONDS)
     page.goto(file.as_uri())
     return page
 

@@ -16,7 +16,8 @@ import psutil
 import pyarrow.parquet as pq
 
 from tests.conftest import Fruits
-from tests.s3.test_loopback_safety import eventually, processes_of
+from tests.s3.test_loopback_safety import processes_of
+from tests.waiting import eventually
 
 # No proxy listens there: Keras's download fails at once, as on a machine without a network.
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "FRUITS_WEIGHTS": "", "FRUITS_IMAGES": ""}
@@ -106,10 +107,10 @@ def test_kept_up_it_shows_its_pages_and_ends_without_a_trace(
                 break
         assert pages.keys() == {"master", "worker 1", "worker 2", "application"}
         for page in pages.values():
-            with urllib.request.urlopen(page, timeout=30) as answer:
+            with urllib.request.urlopen(page, timeout=120) as answer:
                 assert b"Spark" in answer.read()
         demo.send_signal(signal.SIGINT)
-        assert demo.wait(60) == 0
+        assert demo.wait(300) == 0
     assert_nothing_is_left(tmp_path)
 
 
@@ -127,10 +128,10 @@ def test_interrupted_in_the_middle_it_stops_at_once_and_leaves_nothing(
     ) as demo:
         began = time.monotonic()
         while not _has_started_spark(demo):
-            assert time.monotonic() - began < 120
+            assert time.monotonic() - began < 300
             time.sleep(0.1)
         demo.send_signal(signal.SIGINT)
-        _, errors = demo.communicate(timeout=60)
+        _, errors = demo.communicate(timeout=300)
         assert demo.returncode == 130
         assert "run again to continue" in errors
     assert_nothing_is_left(tmp_path)

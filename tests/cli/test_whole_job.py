@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.laptop import Loopback
 from tests.conftest import Fruits
 from tests.corpus import bad_images
+from tests.waiting import SECONDS
 
 SMALL = ("--backbone", "efficientnet_lite0", "--input-size", "96")
 
@@ -224,12 +226,14 @@ def test_a_killed_driver_loses_one_batch_at_most(
     output = tmp_path / "output"
     command = [sys.executable, "-c", SMALL_BATCHES, "features", fruit_pictures, output, *SMALL]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as driver:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + SECONDS
         while not list(output.glob("features/*/batches/*/_SUCCESS")):
             assert driver.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        left = psutil.Process(driver.pid).children(recursive=True)
         os.kill(driver.pid, signal.SIGKILL)
+    psutil.wait_procs(left, SECONDS)  # its Java may still commit what is done
     committed = len(list(output.glob("features/*/batches/*/_SUCCESS")))
     assert 1 <= committed < 3
 

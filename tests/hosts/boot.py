@@ -8,6 +8,7 @@ table, which is how they are found, even after a crash and without any pid file.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from pathlib import Path
 from tests.hosts.commands import PATH, HostsError, last_line
 
 SECONDS_TO_STOP = 60.0
+SECONDS_FOR_THE_DISK = 120.0  # others may be writing gigabytes to it
 _CGROUPS = Path("/sys/fs/cgroup")
 # A slave, so that a host lets go of the namespaces of others as soon as the machine does.
 _IN_MOUNT_NAMESPACE = ("unshare", "--mount", "--propagation", "slave")
@@ -59,7 +61,7 @@ def boot(full_name: str, name: str, folder: Path, limits: Limits) -> None:
                  "SYSTEMD_NSPAWN_TMPFS_TMP": "0"},
             check=True,
         )  # fmt: skip
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS_FOR_THE_DISK
     while not supervisor(full_name, folder):
         if time.monotonic() > deadline:
             words = last_line(console.read_text(errors="replace"))
@@ -137,7 +139,7 @@ def stop(full_name: str) -> bool:
 
 def kill(full_name: str) -> None:
     """End every process of a host at once, as a power cut does."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS_FOR_THE_DISK
     while pids := _pids(full_name):
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -168,12 +170,15 @@ def cgroups(pattern: str) -> list[Path]:
         return []
     unified, *old = (_hierarchy(name) for name in ("cgroup2", "memory", "cpu"))
     found = set(unified.glob(pattern)) if unified else set()  # below are the hosts' own
-    return sorted(found.union(*(root.glob(f"**/{pattern}") for root in old if root)))
+    for root in filter(None, old):  # others come and go below it meanwhile
+        for below, names, _ in os.walk(root):
+            found.update(Path(below, name) for name in fnmatch.filter(names, pattern))
+    return sorted(found)
 
 
 def remove_cgroups(pattern: str) -> None:
     """Remove control groups, with all below them, whose processes have ended."""
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + SECONDS_FOR_THE_DISK
     while found := cgroups(pattern):
         inner = [folder for group in found for folder in group.glob("**/")]
         for folder in sorted({*found, *inner}, reverse=True):  # the deepest first
@@ -181,6 +186,7 @@ def remove_cgroups(pattern: str) -> None:
                 folder.rmdir()
         if time.monotonic() > deadline:
             raise HostsError(f"the control group {found[0]} cannot be removed")
+        time.sleep(0.02)
 
 
 def _make_groups(full_name: str, limits: Limits) -> list[Path]:

@@ -8,8 +8,7 @@ import json
 import re
 import shlex
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,15 +72,6 @@ def secrets_of(rehearsal: Rehearsal) -> dict[str, str]:
     return {**kept, "token": token, "s3": str(rehearsal.s3.secret_key)}
 
 
-def eventually(is_so: Callable[[], bool], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if is_so():
-            return True
-        time.sleep(0.5)
-    return False
-
-
 def workers_alive(rehearsal: Rehearsal, idle: bool = False) -> list[str]:
     """Return the addresses of the workers that the master knows to be alive, or alive and idle."""
     script = (
@@ -141,7 +131,7 @@ class Work:
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    told, _ = job.communicate(timeout=600)
+    told, _ = job.communicate(timeout=1200)
     assert job.returncode == 0, told[-3000:]
     return told
 

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -128,13 +129,24 @@ def _endpoints(urls: Iterable[str]) -> set[tuple[str, int]]:
     found = set()
     for url in urls:
         site = urlsplit(url)
-        with suppress(
-            OSError, ValueError
-        ):  # a name that does not resolve is no use to hosts either
-            answers = socket.getaddrinfo(site.hostname, None, socket.AF_INET, socket.SOCK_STREAM)
-            addresses = {str(answer[4][0]) for answer in answers}
-            found |= {(a, port) for a in addresses for port in (80, 443, site.port or 443)}
+        with suppress(ValueError):
+            ports = (80, 443, site.port or 443)
+            found |= {(address, port) for address in _addresses(site.hostname) for port in ports}
     return found
+
+
+def _addresses(name: str | None) -> set[str]:
+    """Resolve a name; one that does not resolve is no use to hosts either."""
+    for _ in range(3):
+        try:
+            answers = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN:
+                break
+            time.sleep(1)
+        else:
+            return {str(answer[4][0]) for answer in answers}
+    return set()
 
 
 def resolvers() -> list[str]:

@@ -92,8 +92,10 @@ class Rehearsal:
 
     def down(self) -> None:
         """End all of it and remove what it wrote; base images stay."""
-        self._stop_s3()
-        self.machines.down()
+        try:
+            self._stop_s3()
+        finally:
+            self.machines.down()
         subprocess.run(["rm", "-rf", "--one-file-system", str(self.folder)], check=True)
 
     def play(
@@ -137,7 +139,7 @@ class Rehearsal:
             (self.folder / f"{name}.json").unlink(missing_ok=True)
             seaweed.write_private(self.folder / f"{name}.json", json.dumps(asdict(content)))
         (self.folder / "s3.pid").write_text(str(server.pid))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not seaweed.answers(s3):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise HostsError(f"the S3 stand-in did not start: see {self.folder}/s3.log")
@@ -160,7 +162,7 @@ class Rehearsal:
         process = self._s3_process()
         if process is not None:
             process.send_signal(signal.SIGKILL)  # what it holds is thrown away with it
-            process.wait(10)
+            process.wait(120)
 
     def _write_inventory(self, names: Sequence[str], settings: Mapping[str, object]) -> None:
         hosts = self.machines.hosts

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,6 @@ from tests.hosts.cluster import (
     SERVICES,
     Matrix,
     Work,
-    eventually,
     finish,
     on,
     read_matrix,
@@ -29,8 +29,9 @@ from tests.hosts.cluster import (
 )
 from tests.hosts.rehearsal import BUCKET, Rehearsal
 from tests.s3_proxy import Behaviour, s3_proxy
+from tests.waiting import SECONDS, eventually
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 SCRATCH = "/var/lib/fruits/spark/local"
 
@@ -95,7 +96,7 @@ def job(work: Work, undisturbed: Matrix, request: pytest.FixtureRequest) -> Iter
             store.write(key, store.read(entry.key) or b"")
     yield Job(work, output, undisturbed)
     # The next test finds a whole cluster, with no slot that is counted as taken.
-    assert eventually(lambda: len(workers_alive(work.rehearsal, idle=True)) == 2, 120)
+    assert eventually(lambda: len(workers_alive(work.rehearsal, idle=True)) == 2)
 
 
 class Job:
@@ -118,8 +119,30 @@ class Job:
         busy = "pgrep -u spark -f pyspark.daemon"
         both = ("worker1", "worker2")
         assert eventually(
-            lambda: all(on(self.rehearsal, name, busy, check=False) for name in both), 180
+            lambda: all(on(self.rehearsal, name, busy, check=False) for name in both)
         ), running.communicate(timeout=60)
+
+
+@contextmanager
+def at_hand(job: Job, host: str, command: str) -> Iterator[Callable[[], None]]:
+    """Log in to a host beforehand, so that a fault comes at once when it is called."""
+    config = job.machines.hosts[host].ssh_config
+    waits = f"echo ready; read now && sudo sh -c {shlex.quote(command)}"
+    with subprocess.Popen(
+        ["ssh", "-F", config, host, waits],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as session:
+        assert session.stdout
+        assert session.stdout.readline() == "ready\n"
+
+        def strike() -> None:
+            _, errors = session.communicate("now\n", timeout=SECONDS)
+            assert session.returncode == 0, errors
+
+        yield strike
 
 
 @pytest.mark.parametrize(
@@ -131,18 +154,25 @@ class Job:
     ids=["an executor and a Python worker", "a worker"],
 )
 def test_kill_9(job: Job, victims: dict[str, str]) -> None:
-    def kill() -> None:
-        for host, process in victims.items():
-            on(job.rehearsal, host, f"pkill -9 -u spark -f {process}")
+    with ExitStack() as stack:
+        kills = [
+            stack.enter_context(at_hand(job, host, f"pkill -9 -u spark -f {process}"))
+            for host, process in victims.items()
+        ]
 
-    job.survives(kill)
+        def kill() -> None:
+            for one in kills:
+                one()
+
+        job.survives(kill)
 
 
 # The workers try to reach it every 5 to 15 s. Some of that falls into its start, which takes longer
 # here: they register while it is about to ask them what they run.
 SLOW_RETURN = """
-pkill -9 -u spark -f deploy.master.Master
-while ss -ltn | grep -q ':7077 '; do sleep 0.1; done
+old=$(systemctl show --property MainPID --value spark-master)
+kill -9 $old
+while kill -0 $old 2>/dev/null; do sleep 0.1; done
 until ss -ltn | grep -q ':7077 '; do sleep 0.1; done
 pkill -STOP -u spark -f deploy.master.Master
 sleep 9
@@ -184,9 +214,11 @@ def test_the_driver_killed_and_the_job_started_again(job: Job) -> None:
     def features_are_committed() -> bool:
         return any(entry.key.endswith("/_SUCCESS") for entry in store.list("features/"))
 
-    assert eventually(features_are_committed, 180), running.communicate(timeout=60)
-    on(job.rehearsal, "master", "pkill -9 -u analyst -f bin/fruits; pkill -9 -u analyst java; true")
-    running.communicate(timeout=60)
+    kill = "pkill -9 -u analyst -f bin/fruits; pkill -9 -u analyst java; true"
+    with at_hand(job, "master", kill) as kill_it:
+        assert eventually(features_are_committed), running.communicate(timeout=60)
+        kill_it()
+    running.communicate(timeout=SECONDS)
     assert store.read("run.json") is None
     job.work.run(job.output)
     assert job.work.report(job.output)["counts"]["computed"] == 0
@@ -237,6 +269,6 @@ def test_every_host_rebooted(converged: Rehearsal) -> None:
         converged.machines.stop(host)
     for host in SERVICES:
         converged.machines.start(host)
-    assert eventually(lambda: len(workers_alive(converged)) == 2, 180)
+    assert eventually(lambda: len(workers_alive(converged)) == 2)
     for host, services in SERVICES.items():
         on(converged, host, f"systemctl is-active {shlex.join([*services, 'fruits-firewall'])}")

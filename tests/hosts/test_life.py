@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hosts.cluster import SERVICES, changed, eventually, on, secrets_of, workers_alive
+from tests.hosts.cluster import SERVICES, changed, on, secrets_of, workers_alive
 from tests.hosts.rehearsal import Rehearsal
+from tests.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -57,7 +58,7 @@ def rounds(converged: Rehearsal) -> Iterator[subprocess.Popen[str]]:
         assert running.poll() is None
     finally:
         on(converged, "master", "touch /tmp/enough")
-        running.communicate(timeout=180)
+        running.communicate(timeout=SECONDS)
         on(converged, "master", "rm /tmp/enough")
     assert running.returncode == 0
 
@@ -73,7 +74,7 @@ def starts(rehearsal: Rehearsal) -> dict[str, str]:
 
 # From outside: a login at the door, then where the launcher's entry for the running job leads.
 ENTRY = """
-import json, sys, requests, urllib3
+import json, sys, time, requests, urllib3
 urllib3.disable_warnings()
 door, password = sys.argv[1], sys.stdin.read()
 browser = requests.Session()
@@ -81,7 +82,10 @@ browser.verify = False
 browser.trust_env = False
 browser.get(f"{door}/login")
 browser.post(f"{door}/login", data={"password": password, "_xsrf": browser.cookies["_xsrf"]})
-to = browser.get(f"{door}/running-application/", allow_redirects=False).headers["Location"]
+ask = lambda: browser.get(f"{door}/running-application/", allow_redirects=False)
+while (entry := ask()).status_code == 503:
+    time.sleep(1)  # it asks for that: the master has no time to answer
+to = entry.headers["Location"]
 page, environment = browser.get(f"{door}{to}"), browser.get(f"{door}{to}environment/")
 print(json.dumps({"to": to, "page": page.text, "environment": environment.text,
                   "status": page.status_code}))
@@ -100,6 +104,7 @@ def running_application(converged: Rehearsal, rounds: object) -> dict[str, Any]:
         text=True,
         capture_output=True,
         check=True,
+        timeout=SECONDS,
     )
     return json.loads(run.stdout)
 
@@ -183,7 +188,7 @@ def test_a_cluster_in_use_is_not_reset_by_mistake(converged: Rehearsal) -> None:
     run = converged.play("reset.yml", "-e", "reset=another", check=False, quiet=True)
     assert run.returncode != 0
     assert "-e reset=rehearsal" in re.sub(r"\s+", " ", run.stdout)
-    assert workers_alive(converged)
+    assert eventually(lambda: len(workers_alive(converged)) == 1)
 
 
 def test_a_reset_leaves_plain_hosts(converged: Rehearsal) -> None:

@@ -7,10 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,15 +17,7 @@ import pytest
 from pipeline.door import master_state
 from pipeline.laptop import Loopback, loopback_cluster
 from pipeline.session import read_settings
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
+from tests.waiting import SECONDS, eventually
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -61,7 +51,7 @@ def test_an_application_without_the_secret_is_refused(cluster: Loopback, tmp_pat
         ) as stranger,
     ):
         # It would ask three times, 20 s apart.
-        assert eventually(lambda: "Failed to connect to master" in told.read_text(), 60)
+        assert eventually(lambda: "Failed to connect to master" in told.read_text())
         os.killpg(stranger.pid, signal.SIGKILL)
     state = master_state(cluster.pages["master"])
     known = [app["name"] for app in (*state["activeapps"], *state["completedapps"])]
@@ -130,7 +120,7 @@ def test_however_the_starter_ends_no_process_is_left_and_the_next_start_clears_u
         assert len(processes_of(folder)) >= 8  # 4 servers, each under its guard
         starter.send_signal(end)
         try:
-            starter.wait(30)
+            starter.wait(SECONDS)
         finally:
             starter.kill()
     assert eventually(lambda: not processes_of(folder)), processes_of(folder)

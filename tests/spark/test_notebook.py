@@ -19,7 +19,7 @@ from pipeline.door import master_state
 from pipeline.errors import ClusterError
 from pipeline.laptop import Loopback
 from pipeline.notebook import SMALLEST_EXECUTOR_MB, connect, share_of
-from tests.s3.test_loopback_safety import eventually
+from tests.waiting import eventually
 
 WORKERS = [{"cores": 4, "memory": 6000}, {"cores": 4, "memory": 5000}]
 
@@ -61,7 +61,7 @@ def slow(number):
     time.sleep(0.5)
     return number
 for _ in range(2):
-    assert spark.sparkContext.parallelize(range(20), 20).map(slow).sum() == 190
+    assert spark.sparkContext.parallelize(range(60), 60).map(slow).sum() == 1770
     print("done", flush=True)
     sys.stdin.readline()
 """
@@ -81,7 +81,10 @@ def analyst(name: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def cores_of(cluster: Loopback) -> dict[str, int]:
-    applications = master_state(cluster.pages["master"])["activeapps"]
+    try:
+        applications = master_state(cluster.pages["master"])["activeapps"]
+    except OSError:  # a master that has no time to answer is asked again
+        return {}
     return {application["name"]: application["cores"] for application in applications}
 
 
@@ -90,13 +93,13 @@ def test_two_notebooks_run_at_once_and_one_left_open_holds_no_core(cluster: Loop
         return cores_of(cluster).items() >= {"anne": cores, "bob": cores}.items()
 
     with analyst("anne") as anne, analyst("bob") as bob:
-        assert eventually(lambda: both_have(1), 90), cores_of(cluster)
+        assert eventually(lambda: both_have(1)), cores_of(cluster)
         for one in (anne, bob):
             assert one.stdin
             assert one.stdout
             while "done" not in (line := one.stdout.readline()):
                 assert line, "ended without a word"
-        assert eventually(lambda: both_have(0), 60), cores_of(cluster)
+        assert eventually(lambda: both_have(0)), cores_of(cluster)
         assert bob.stdin
         bob.stdin.write("go on\n")
         bob.stdin.flush()
@@ -112,13 +115,13 @@ def kernel(cluster: Loopback) -> Iterator[tuple[KernelManager, BlockingKernelCli
     manager.start_kernel(env=os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"})
     client = manager.client()
     client.start_channels()
-    client.wait_for_ready(timeout=60)
+    client.wait_for_ready(timeout=300)
     yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
 
 
-def answer(client: BlockingKernelClient, message: str, seconds: float = 90) -> dict[str, Any]:
+def answer(client: BlockingKernelClient, message: str, seconds: float = 300) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -153,7 +156,7 @@ def test_an_interrupted_cell_ends_its_job_and_the_next_one_runs(
     slow = "spark.sparkContext.parallelize(range(4), 4).map(lambda n: time.sleep(100)).count()"
     running = client.execute(slow)
     # Executors come when a job asks for them: one that has a core tells that it runs.
-    assert eventually(lambda: cores_of(cluster).get("notebook") == 1, 60), cores_of(cluster)
+    assert eventually(lambda: cores_of(cluster).get("notebook") == 1), cores_of(cluster)
     manager.interrupt_kernel()
     stopped = answer(client, running)
     assert stopped["status"] == "error"

@@ -289,11 +289,15 @@ def test_a_reason_is_short_and_the_same_each_time() -> None:
 
 
 MEASURE = """
-import resource, sys
+import re, resource, sys
+from pathlib import Path
 from pipeline.decode import BadImageError, decode
 def peak():
-    unit = 1024 if sys.platform == "linux" else 1024 * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+    # There, ru_maxrss begins with what the process had that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search("VmHWM:[^0-9]*([0-9]+) kB", status)[1]) // 2**10
 content = sys.stdin.buffer.read()
 before = peak()
 try:
@@ -318,9 +322,9 @@ print(peak() - before)
     ids=["png", "a smaller png", "a flat png", "bmp", "gif"],
 )
 def test_a_bomb_is_refused_at_once_and_takes_no_memory(content: bytes) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     assert "pixels" in reason(content)
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], input=content, capture_output=True, check=True
     )

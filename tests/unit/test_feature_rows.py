@@ -67,7 +67,7 @@ def test_images_come_in_the_order_of_their_rows(lengths: list[int]) -> None:
     assert list(found) == [str(number).encode() for number in range(len(lengths))]
 
 
-def most_ahead(lengths: list[int]) -> tuple[int, int]:
+def most_ahead(lengths: list[int], seconds: float = 0.002) -> tuple[int, int]:
     """Return how many images, and bytes, are at most read and not yet taken."""
     ahead = {"images": 0, "bytes": 0}
     most = dict(ahead)
@@ -84,7 +84,7 @@ def most_ahead(lengths: list[int]) -> tuple[int, int]:
         return b""
 
     for length, _ in zip(lengths, _read_ahead(rows_of(lengths), read), strict=True):
-        time.sleep(0.002)  # the network's turn, in which reads get as far ahead as they may
+        time.sleep(seconds)  # the network's turn, in which reads get as far ahead as they may
         count(-1, -length)
     return most["images"], most["bytes"]
 
@@ -99,7 +99,9 @@ def test_large_images_are_read_ahead_by_their_bytes(monkeypatch: pytest.MonkeyPa
     images, length = most_ahead([10] * 50)
     assert length <= 48, "a burst and the one before it"
     assert images == 4
-    assert most_ahead([100] * 5) == (2, 200), "one larger than all that is allowed is a burst"
+    assert most_ahead([100] * 5, seconds=0.1) == (2, 200), (
+        "one larger than all that is allowed is a burst"
+    )
 
 
 def test_a_read_that_fails_ends_the_pass_with_its_error() -> None:

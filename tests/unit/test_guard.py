@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.waiting import SECONDS, eventually
+
 GUARD = [sys.executable, "-m", "pipeline.guard"]
-SECONDS = 20
 
 # A server with a child; both write their process id. {0} is what the server does on SIGTERM, {1}
 # what its child does.
@@ -37,16 +38,10 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 STARTER = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 guard = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 time.sleep(600)
 """
-
-
-def wait_for(happened: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS
-    while not happened() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return happened()
 
 
 def gone(process: psutil.Process) -> bool:
@@ -65,11 +60,11 @@ class Guarded:
             [*command, sys.executable, "-c", server], stdin=subprocess.PIPE, cwd=folder
         )
         files = [folder / "server", folder / "child"]
-        assert wait_for(lambda: all(file.exists() for file in files)), "the server did not start"
+        assert eventually(lambda: all(file.exists() for file in files)), "the server did not start"
         self.server, self.child = (psutil.Process(int(file.read_text())) for file in files)
 
     def all_gone(self) -> bool:
-        return wait_for(lambda: gone(self.server) and gone(self.child))
+        return eventually(lambda: gone(self.server) and gone(self.child))
 
 
 @pytest.fixture
@@ -102,7 +97,7 @@ def test_a_server_ends_with_its_children_when_its_starter_does(
     running.starter.wait(SECONDS)
     assert running.all_gone()
     assert len(guards) == 1
-    assert wait_for(lambda: gone(guards[0]))
+    assert eventually(lambda: gone(guards[0]))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +137,11 @@ def test_a_guard_that_is_told_to_end_does_not_leave_its_server_behind(
 
 def test_a_server_may_end_in_its_own_way(start: Callable[..., Guarded], tmp_path: Path) -> None:
     tidy = "signal.signal(signal.SIGTERM, lambda *_: (open('tidied', 'w').close(), sys.exit()))"
-    running = start(on_term=tidy)
+    patient = (
+        "import sys; from pipeline import guard; guard.SECONDS_TO_STOP = 60\n"
+        "sys.exit(guard.main(sys.argv[1:]))"
+    )
+    running = start([sys.executable, "-c", patient], on_term=tidy)
     running.starter.communicate()
     assert running.all_gone()
     assert (tmp_path / "tidied").exists()

@@ -48,7 +48,7 @@ def test_read_while_it_is_saved_it_is_whole_and_no_save_is_lost(files: WholeFile
         await reading
         return found
 
-    found = asyncio.run(asyncio.wait_for(save_and_read(), timeout=60))
+    found = asyncio.run(asyncio.wait_for(save_and_read(), timeout=600))
     assert found == sorted(found)
     assert len(set(found)) > 1
 

@@ -1,0 +1,18 @@
+"""How tests wait for what takes a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+SECONDS = 300  # many times what is needed: a busy machine may stand still for a minute
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = SECONDS) -> bool:
+    """Ask until it is so; return whether it became so in time."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
