@@ -72,6 +72,20 @@ def starts(rehearsal: Rehearsal) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def a_start_that_fails(converged: Rehearsal) -> Iterator[str]:
+    """The master's next start ends with an error, as when it counts slots wrongly.
+
+    Yields the path of a file that is there until that has happened.
+    """
+    once, drop_in = "/run/once", "/etc/systemd/system/spark-master.service.d"
+    fails = f"[Service]\nExecStartPost=+/bin/sh -c 'test ! -e {once} || ! rm {once}'\n"
+    lay = f"touch {once}; mkdir {drop_in}; printf %s {shlex.quote(fails)} >{drop_in}/once.conf"
+    on(converged, "master", f"{lay}; systemctl daemon-reload")
+    yield once
+    on(converged, "master", f"rm -rf {drop_in} {once}; systemctl daemon-reload")
+
+
 # From outside: a login at the door, then where the launcher's entry for the running job leads.
 ENTRY = """
 import json, sys, time, requests, urllib3
@@ -145,9 +159,12 @@ class TestAnApplicationGoesOn:
         for name, secret in secrets_of(converged).items():
             assert secret not in environment, name
 
-    def test_while_everything_is_restarted(self, converged: Rehearsal, rounds: object) -> None:
+    def test_while_everything_is_restarted(
+        self, converged: Rehearsal, rounds: object, a_start_that_fails: str
+    ) -> None:
         play = converged.play("restart.yml", quiet=True)
         assert "busy with rounds: no job was run in the slots" in play.stdout
+        assert on(converged, "master", f"ls {a_start_that_fails}", check=False) == ""
 
 
 def test_a_check_of_metrics_that_are_yet_to_come_passes(converged: Rehearsal) -> None:
