@@ -97,7 +97,6 @@ def admin(
         cluster_s3_secret_key=s3.secret_key,
         cluster_s3_history_access_key=s3.access_key,
         cluster_s3_history_secret_key=s3.secret_key,
-        cluster_class_archive=False,  # it does not pay for the few jobs here; tests/hosts have one
         ec2_idle_hours=3,
         **SMALL_HOSTS,
     )

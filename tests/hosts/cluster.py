@@ -80,7 +80,7 @@ def workers_alive(rehearsal: Rehearsal, idle: bool = False) -> list[str]:
         "all = registered_workers('http://127.0.0.1:8080', page_token(key)); "
         f"print(*[w['host'] for w in all if not ({idle} and w['coresused'])])"
     )
-    command = f"/opt/fruits/current/venv/bin/python -c {shlex.quote(script)}"
+    command = f"/opt/fruits/bin/python -c {shlex.quote(script)}"
     return on(rehearsal, "master", command, check=False).split()
 
 
@@ -100,7 +100,7 @@ class Work:
         options = shlex.join([*self.network, "--components", str(COMPONENTS)])
         job = (
             "cd /var/lib/fruits/analyst; . /etc/profile.d/fruits.sh; "
-            f"HOME=$PWD SPARK_CONF_DIR={conf} exec /opt/fruits/current/venv/bin/fruits run "
+            f"HOME=$PWD SPARK_CONF_DIR={conf} exec /usr/local/bin/fruits run "
             f"{self.images} s3a://{BUCKET}/{output} {options}"
         )
         ssh = ["ssh", "-F", str(self.rehearsal.machines.hosts["master"].ssh_config), "master"]

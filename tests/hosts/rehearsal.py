@@ -221,10 +221,7 @@ def main() -> int:
         weights = weights_file(options.weights) if options.weights else None
         prepare_machine()
         with demo_images(options.images) as (images, told):
-            # The archive costs a minute of each host's processor: too much for a few jobs.
-            rehearsal.up(
-                options.workers, cluster_metrics=options.metrics, cluster_class_archive=False
-            )
+            rehearsal.up(options.workers, cluster_metrics=options.metrics)
             say(f"putting images on the S3 stand-in: {told}")
             _put_on_s3(rehearsal, images, weights)
         rehearsal.play("configure.yml")

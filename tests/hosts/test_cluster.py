@@ -109,7 +109,7 @@ def test_an_unhealthy_cluster_is_told_with_what_to_look_at(converged: Rehearsal)
 
 def test_workers_carry_neither_tensorflow_nor_jupyterlab(converged: Rehearsal) -> None:
     for worker in ("worker1", "worker2"):
-        packages = on(converged, worker, "ls /opt/fruits/current/venv/lib/python3*/site-packages")
+        packages = on(converged, worker, "ls /opt/fruits/environments/*/venv/lib/python3*/site-packages")
         assert "pyspark" in packages
         assert not {"tensorflow", "jupyterlab", "boto3"} & set(packages.split())
 
@@ -236,7 +236,7 @@ def test_no_secret_is_in_a_journal_a_process_list_or_a_file_for_everyone(
     # Not an argument of grep: sudo would write it into the journal that is searched.
     search = (
         "umask 077; cat >/root/pattern; "
-        "find /etc /opt/fruits/releases/*/complete /var /run /tmp /home /root "
+        "find /etc /opt/fruits/environments/*/complete /opt/fruits/releases /var /run /tmp /home /root "
         "-xdev -type f -perm -004 -size -20M -print0 | xargs -0 grep -lEf /root/pattern --; "
         "rm /root/pattern"
     )
@@ -278,7 +278,7 @@ def test_an_application_without_the_secret_is_refused(converged: Rehearsal) -> N
         "sed 's/^spark.authenticate.secret .*/spark.authenticate.secret wrongwrongwrongwrong/' "
         "/etc/fruits/spark/spark-defaults.conf > stranger/spark-defaults.conf; "
         ". /etc/profile.d/fruits.sh; SPARK_CONF_DIR=/tmp/stranger "
-        "timeout 60 /opt/fruits/current/venv/bin/python -m pipeline.health "
+        "timeout 60 /opt/fruits/bin/python -m pipeline.health "
         "http://127.0.0.1:8080 2>&1"
     )
     run = converged.machines.run("master", f"sudo sh -c {shlex.quote(script)}", check=False)

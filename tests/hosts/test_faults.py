@@ -214,7 +214,7 @@ def test_the_driver_killed_and_the_job_started_again(job: Job) -> None:
     def features_are_committed() -> bool:
         return any(entry.key.endswith("/_SUCCESS") for entry in store.list("features/"))
 
-    kill = "pkill -9 -u analyst -f bin/fruits; pkill -9 -u analyst java; true"
+    kill = "pkill -9 -u analyst -f pipeline; pkill -9 -u analyst java; true"
     with at_hand(job, "master", kill) as kill_it:
         assert eventually(features_are_committed), running.communicate(timeout=60)
         kill_it()

@@ -19,7 +19,7 @@ from tests.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.timeout(1800)
 
-PYTHON = "/opt/fruits/current/venv/bin/python"
+PYTHON = "/opt/fruits/bin/python"
 
 
 # An application that goes from round to round, with a shuffle in each, until it is told to stop.
