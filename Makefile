@@ -1,6 +1,6 @@
 # The two commands of a newcomer are `make demo` and `make test`; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lab notebook presentation deliverables rehearse rehearse-down test lint lint-code lint-playbooks bench lock clean
+.PHONY: help setup browser demo lab notebook presentation deliverables rehearse rehearse-down test run-tests soak lint lint-code lint-playbooks bench lock clean
 
 IMAGES ?= $(FRUITS_IMAGES)
 WEIGHTS ?= $(FRUITS_WEIGHTS)
@@ -43,8 +43,17 @@ rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
-test: setup browser lint ## every test: [TESTS="tests/unit -k pca"] [JOBS=2]
-	@.venv/bin/python -m pytest $(TESTS) --numprocesses $(or $(JOBS),$(if $(TESTS),0,2))
+PYTEST = .venv/bin/python -m pytest $(TESTS) --numprocesses $(or $(JOBS),$(if $(TESTS),0,2))
+
+test: setup browser ## the tests, and lint beside them: [TESTS="tests/unit -k pca"] [JOBS=2]
+	@$(MAKE) --no-print-directory --keep-going --jobs 3 lint-code lint-playbooks run-tests || \
+		{ echo "make test: failed in what the lines with *** name, here or further up" >&2; exit 1; }
+
+run-tests:
+	@$(PYTEST)
+
+soak: setup browser ## tests that take long, and many more examples: [TESTS=tests/unit] [JOBS=2]
+	@$(PYTEST) -m "soak or hypothesis" --hypothesis-profile soak
 
 lint: setup ## ruff, mypy, shellcheck, yamllint, ansible-lint
 	@$(MAKE) --no-print-directory --jobs 2 lint-code lint-playbooks

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
 from pipeline.demo import unpack, weights_file
@@ -20,26 +20,29 @@ from pipeline.laptop import Loopback, loopback_cluster
 from pipeline.sample import render_sample
 from pipeline.session import make_session
 from pipeline.storage import Address, BucketStore
+from tests.suites import Meter, Scheduling, Suites
 
 PROJECT = Path(__file__).parent.parent
 
 
-class FolderScheduling(LoadScopeScheduling):
-    """Run two folders of tests beside each other, the longest first.
-
-    Within a folder, tests share servers and follow one another. Those on hosts, which take longest,
-    wait more than they compute: the others fill the cores meanwhile. The files of tests/cli share
-    nothing: each is a folder of its own here, and neither process is left with all of them.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        _, folder, file, *_ = nodeid.split("::")[0].split("/")
-        return f"{folder}/{file}" if folder == "cli" else folder
+# How many examples Hypothesis draws for each property; `make soak` takes the second.
+settings.register_profile("test", max_examples=300, deadline=None)
+settings.register_profile("soak", max_examples=10_000, deadline=None)
+settings.load_profile("test")
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FolderScheduling:
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure the suites where tests run, and tell of them where the terminal is."""
+    is_worker, has_workers = hasattr(config, "workerinput"), config.getoption("numprocesses")
+    if is_worker or not has_workers:
+        config.pluginmanager.register(Meter())
+    if not is_worker:
+        config.pluginmanager.register(Suites(config))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
     """Take the place of xdist's own, which know no folders."""
-    return FolderScheduling(config, log)
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

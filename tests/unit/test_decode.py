@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -333,7 +333,6 @@ def test_a_bomb_is_refused_at_once_and_takes_no_memory(content: bytes) -> None:
     assert int(megabytes) < 20
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     st.binary(max_size=200),
     st.sampled_from(
@@ -361,7 +360,6 @@ def test_any_bytes_give_pixels_or_a_reason(content: bytes, beginning: bytes) -> 
 SMALL = [encoded(picture(9, 7), kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.sampled_from(SMALL), st.data())
 def test_damage_anywhere_gives_pixels_or_a_reason(whole: bytes, data: st.DataObject) -> None:
     content = bytearray(whole)

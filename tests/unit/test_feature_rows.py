@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyspark.accumulators import Accumulator, AddingAccumulatorParam
 from pyspark.sql.pandas.types import to_arrow_schema
@@ -60,7 +60,6 @@ def rows_of(lengths: list[int]) -> list[dict[str, Any]]:
     return [{"path": str(number), "length": length} for number, length in enumerate(lengths)]
 
 
-@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 60_000_000), max_size=60))
 def test_images_come_in_the_order_of_their_rows(lengths: list[int]) -> None:
     found = _read_ahead(rows_of(lengths), lambda row: row["path"].encode())
@@ -294,7 +293,6 @@ keys_drawn = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
 @given(keys_drawn, keys_drawn)
 def test_new_are_the_images_whose_key_is_not_known(
     listed: list[tuple[str, str]], known: list[tuple[str, str]]

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA as ReferencePCA
 
@@ -75,7 +75,6 @@ def rows_in_parts(draw: st.DrawFn) -> list[np.ndarray]:
     return [np.array(rows).reshape(-1, 2) for rows in parts]
 
 
-@settings(deadline=None)
 @given(rows_in_parts(), st.data())
 def test_parts_merge_into_the_whole_in_any_order_and_grouping(
     parts: list[np.ndarray], data: st.DataObject
@@ -201,7 +200,6 @@ def test_a_share_of_one_keeps_the_whole_rank(rows: np.ndarray) -> None:
     assert PCA.fit(Moments.of(rows), variance=1.0).k == rank_of(rows)
 
 
-@settings(deadline=None)
 @given(share=st.floats(0, 1, exclude_min=True))
 def test_a_share_is_kept_by_as_few_components_as_do(share: float) -> None:
     pca = PCA.fit(Moments.of(TALL), variance=share)
@@ -289,7 +287,6 @@ def test_a_foreign_file_is_no_pca(content: bytes) -> None:
         PCA.from_bytes(content)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_pca_cut_short_is_damaged(pca: PCA, data: st.DataObject) -> None:
     content = pca.to_bytes()
@@ -323,7 +320,6 @@ def test_half_a_state_is_damaged(state: State, missing: str) -> None:
         State.from_files(files, "somewhere")
 
 
-@settings(deadline=None)
 @given(position=st.integers(0, 10**6), change=st.integers(1, 255))
 def test_any_changed_byte_of_the_moments_is_noticed(
     state: State, position: int, change: int
