@@ -35,9 +35,9 @@ deliverables: setup browser ## what the jury gets: NAME=nom_prenom [OUTPUT=s3a:/
 browser: # Chromium, which prints slides and tests pages; .ci/setup says what it takes where it cannot
 	@.ci/setup browser
 
-rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [METRICS=1] [SUITE=trixie] [IMAGES=dir] [WEIGHTS=file]
+rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] [METRICS=1] [SUITE=trixie] [IMAGES=dir] [WEIGHTS=file] [FRESH=1]
 	@.venv/bin/python -m tests.hosts.rehearsal up $(if $(WORKERS),--workers $(WORKERS)) \
-		$(if $(METRICS),--metrics) $(if $(SUITE),--suite $(SUITE)) \
+		$(if $(METRICS),--metrics) $(if $(SUITE),--suite $(SUITE)) $(if $(FRESH),--fresh) \
 		$(if $(IMAGES),--images "$(IMAGES)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left
@@ -82,6 +82,7 @@ lock: ## resolve every dependency anew into the lock files [UPGRADE=--upgrade]
 	$(subst pyproject.toml,,$(COMPILE)) --group java -o java.lock
 	.venv/bin/python -m pipeline.jars lock
 
-clean: ## remove what the demo and the tests left here; secrets of clusters, and a rehearsal, stay
+clean: ## remove what the demo and the tests left, kept hosts too; secrets of clusters, and a rehearsal, stay
+	[ ! -x .venv/bin/python ] || .venv/bin/python -m tests.hosts.snapshots
 	[ ! -d .fruits ] || find .fruits -mindepth 1 -maxdepth 1 ! -name secrets ! -name rehearsal -exec rm -rf {} +
 	rm -rf demo-output notebook-output presentation.html presentation.pdf .pytest_cache .mypy_cache .ruff_cache .hypothesis

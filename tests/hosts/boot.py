@@ -39,7 +39,7 @@ class Limits:
 
 
 def boot(full_name: str, name: str, folder: Path, limits: Limits) -> None:
-    """Start the disk in `folder` (image, upper, work, root) in its network namespace.
+    """Start the disk in `folder` (image, layer, upper, work, root) in its network namespace.
 
     Raises
     ------
@@ -48,7 +48,8 @@ def boot(full_name: str, name: str, folder: Path, limits: Limits) -> None:
     """
     (folder / "pid").unlink(missing_ok=True)
     groups = [] if _machine_runs_systemd() else _make_groups(full_name, limits)
-    script = _supervisor(full_name, groups, _nspawn(full_name, name, folder, limits))
+    layers = [folder / name for name in ("layer", "image") if (folder / name).exists()]
+    script = _supervisor(full_name, groups, layers, _nspawn(full_name, name, folder, limits))
     console = folder / "console.log"
     with console.open("ab") as output:
         subprocess.run(
@@ -69,15 +70,18 @@ def boot(full_name: str, name: str, folder: Path, limits: Limits) -> None:
         time.sleep(0.02)
 
 
-def _supervisor(full_name: str, groups: Iterable[Path], nspawn: list[str]) -> str:
+def _supervisor(
+    full_name: str, groups: Iterable[Path], layers: Iterable[Path], nspawn: list[str]
+) -> str:
     """Return the shell program that mounts the disk and boots it, again after each reboot."""
     joins = [f"echo $$ >{shlex.quote(str(group))}/cgroup.procs" for group in groups]
     # Over cgroup v1, nspawn and systemd would set up the hybrid layout of old; real hosts have v2.
     is_v2 = _hierarchy("cgroup2") == _CGROUPS or _machine_runs_systemd()
     only_v2 = [] if is_v2 else [f"mount -t cgroup2 cgroup2 {_CGROUPS}"]
+    lower = ":".join(str(layer.resolve()) for layer in layers)
     return "\n".join([
         "set -eu", *joins, *only_v2,
-        f"mount -t overlay {full_name} -o lowerdir=image,upperdir=upper,workdir=work root",
+        f"mount -t overlay {full_name} -o lowerdir={lower},upperdir=upper,workdir=work root",
         "echo $$ >pid.new; mv pid.new pid",
         "while :; do",
         f"    status=0; {shlex.join(nspawn)} || status=$?",

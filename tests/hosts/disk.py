@@ -47,6 +47,18 @@ def ensure_disk(home: Path, name: str, image: Path, authorized_key: str) -> None
     (home / "image").symlink_to(image)
 
 
+def clone_disk(home: Path, kept: Path) -> None:
+    """Make a disk in `home` over one that was kept, with its name, keys and all that is on it."""
+    shutil.rmtree(home, ignore_errors=True)
+    for folder in ("upper", "work", "root"):
+        _folder(home / folder)
+    hosts = kept / "disk/etc/hosts"
+    _file(home / "upper/etc/hosts", hosts.read_text().splitlines())
+    shutil.copy(kept / "host-key.pub", home)
+    (home / "layer").symlink_to(kept / "disk")
+    (home / "image").symlink_to((kept / "image").readlink())
+
+
 def make_key(file: Path, comment: str) -> None:
     """Make an SSH key pair without a passphrase."""
     call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", file)

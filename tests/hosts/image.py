@@ -18,6 +18,9 @@ from pathlib import Path
 from tests.hosts.commands import call, say
 from tests.hosts.registries import CERTIFICATES, apt_settings, apt_sources
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fruits"
+IMAGES = CACHE / "base-images"  # of all checkouts
+
 LOGIN = "admin"  # as on Debian's EC2 images
 LOGIN_ID = 1000
 PACKAGES = (

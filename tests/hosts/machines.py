@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -28,14 +28,13 @@ from pathlib import Path
 from tests.hosts import boot
 from tests.hosts.boot import Limits
 from tests.hosts.commands import PATH, HostsError, last_line, prepare_machine, say, unfit
-from tests.hosts.disk import ensure_disk
-from tests.hosts.image import LOGIN, base_image, remove_images
+from tests.hosts.disk import clone_disk, ensure_disk
+from tests.hosts.image import IMAGES, LOGIN, base_image, remove_images
 from tests.hosts.ledger import Ledger
 from tests.hosts.network import Network
 from tests.hosts.registries import registry_endpoints, resolvers
 
 FOLDER = Path(".fruits/hosts")
-IMAGES = Path(".fruits/base-images")
 SECONDS_TO_BOOT = 300.0
 
 
@@ -121,10 +120,11 @@ class Machines:
 
     # Their life
 
-    def up(self, *names: str) -> list[Host]:
+    def up(self, *names: str, before: Callable[[], object] | None = None) -> list[Host]:
         """Make and boot hosts, beside those that run already, and wait until they are ready.
 
-        What a crash left behind is cleaned up first, hosts whose supervisor is gone among it.
+        What a crash left behind is cleaned up first, hosts whose supervisor is gone among it. What
+        is to be done `before` they boot, such as to start a server for them, finds their network.
         """
         prepare_machine()
         image = base_image(self.images, self.suite)
@@ -137,6 +137,8 @@ class Machines:
             for name in self.ledger.hosts():
                 self._ensure_disk(name, image)
             self._introduce()
+            if before:
+                before()
             for name in names:
                 self._boot(name)
         for name in names:
@@ -164,6 +166,32 @@ class Machines:
         self.ledger.number_of(name)
         with self.ledger.locked():
             self._end(name)
+
+    def keep(self, folder: Path) -> None:
+        """Move the disks of all hosts, which are stopped, to a folder that `clone` knows."""
+        with self.ledger.locked():
+            for name in self.ledger.hosts():
+                home = self.ledger.home(name)
+                kept = folder / name
+                kept.mkdir(parents=True)
+                (home / "upper").rename(kept / "disk")
+                for file in ("image", "host-key.pub"):
+                    (home / file).rename(kept / file)
+                shutil.rmtree(home)
+            for file in (self.ledger.key, self.ledger.key.with_suffix(".pub")):
+                shutil.copy(file, folder)
+
+    def clone(
+        self, folder: Path, *names: str, before: Callable[[], object] | None = None
+    ) -> list[Host]:
+        """Make and boot hosts whose disks begin as those that were kept; these stay as they are."""
+        with self.ledger.locked():
+            for file in (self.ledger.key, self.ledger.key.with_suffix(".pub")):
+                shutil.copy(folder / file.name, file)
+            for name in names:
+                self.ledger.number("hosts", name)
+                clone_disk(self.ledger.home(name), folder / name)
+        return self.up(*names, before=before)
 
     def fresh(self, name: str) -> Host:
         """Replace a host by a new one of the same name and address: a new disk, a new host key."""

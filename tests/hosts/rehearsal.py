@@ -1,7 +1,7 @@
 """`make rehearse`: the real playbooks on throw-away hosts of this machine.
 
     python -m tests.hosts.rehearsal up [--workers 2] [--images PATH] [--weights FILE] [--metrics]
-                                       [--suite bookworm]
+                                       [--suite bookworm] [--fresh]
     python -m tests.hosts.rehearsal down
 
 Hosts and an S3 stand-in stay up until `down`; what a crash left behind is removed by either.
@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,12 +32,16 @@ from pipeline.java import QUICK_START
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
 from tests.hosts.commands import HostsError, prepare_machine, say
+from tests.hosts import snapshots
+from tests.hosts.image import base_image
 from tests.hosts.machines import Machines
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(".fruits/rehearsal")
 BUCKET = "fruits"
+S3_PORT = 8333  # at the machine's own address on the hosts' network, where nobody else listens
 SLOTS = 1  # of a worker
+_KEYS = ("s3.json", "history.json")
 # What suits hosts that share this machine's two cores, its memory and its one disk.
 SMALL_HOSTS: dict[str, object] = {
     "cluster_worker_cores": SLOTS,
@@ -83,11 +89,55 @@ class Rehearsal:
     def up(self, workers: int = 2, **settings: object) -> None:
         """Boot the hosts, start the stand-in, write the inventory with the admin's settings."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        names = ["master", *(f"worker{number}" for number in range(1, workers + 1))]
-        self.machines.up(*names)
-        if not self._s3_runs():
-            self._start_s3()
-        self.machines.open_port(int(str(self.s3.endpoint).rpartition(":")[2]))
+        names = _names(workers)
+        self.machines.up(*names, before=self._ensure_s3)
+        self._write_inventory(names, settings)
+
+    def converge(
+        self, workers: int = 2, first: Callable[[Rehearsal], object] | None = None, **settings: object
+    ) -> None:
+        """Have a configured cluster: a clone of a kept one, or a new one, which is kept.
+
+        Parameters
+        ----------
+        first
+            What turns fresh hosts into the cluster; the logs that it writes into the folder are
+            kept, too. Without, `configure.yml`.
+        """
+        image = base_image(self.machines.images, self.machines.suite)
+        told = {"workers": workers, "subnet": str(self.machines.network.subnet)} | settings
+        snapshot = snapshots.place(self.machines.network.tag, image, told | SMALL_HOSTS)
+        if not snapshot.exists():
+            say("no such cluster was configured before: this one is, and kept for the next time")
+            self.up(workers, **settings)
+            (first or Rehearsal.configure)(self)
+            self._keep(snapshot)
+        say("cloning the cluster that was kept")
+        self._clone(snapshot, workers, settings)
+
+    def configure(self) -> None:
+        """Turn the hosts into a cluster."""
+        self.play("configure.yml")
+
+    def _keep(self, snapshot: Path) -> None:
+        """Shut the hosts down, and keep their disks with what this machine knows of them."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.machines.stop, self.machines.hosts))
+        self._stop_s3()
+        with snapshots.new(snapshot) as folder:
+            self.machines.keep(folder / "hosts")
+            for file in (*_KEYS, *(log.name for log in self.folder.glob("*.log"))):
+                shutil.copy(self.folder / file, folder)
+            shutil.copytree(self.secrets, folder / "secrets")
+
+    def _clone(self, snapshot: Path, workers: int, settings: Mapping[str, object]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for file in snapshot.iterdir():
+            if file.is_file():
+                shutil.copy(file, self.folder)
+        shutil.copytree(snapshot / "secrets", self.secrets, dirs_exist_ok=True)
+        names = _names(workers)
+        self.machines.clone(snapshot / "hosts", *names, before=self._ensure_s3)
         self._write_inventory(names, settings)
 
     def down(self) -> None:
@@ -116,10 +166,22 @@ class Rehearsal:
             raise HostsError(f"{playbook} failed; see above. {(run.stdout or '')[-3000:]}")
         return run
 
+    def _ensure_s3(self) -> None:
+        """Have the stand-in up, with the bucket and the folder of Spark's event logs in it."""
+        if not self._s3_runs():
+            self._start_s3()
+            BucketStore(Address(BUCKET, ""), self.s3).create_bucket()
+            if self.secrets.exists():  # a clone is past the run that made the folder
+                BucketStore(Address(BUCKET, "spark-events"), self.s3).write(".keep", b"")
+        self.machines.open_port(S3_PORT)
+
     def _start_s3(self) -> None:
         home = self.folder / f"s3-{int(time.time())}"
-        s3 = seaweed.new_settings(self.machines.gateway)
-        history = seaweed.new_keys(str(s3.endpoint))
+        for name in _KEYS:
+            if not (self.folder / name).exists():
+                keys = seaweed.new_keys(f"http://{self.machines.gateway}:{S3_PORT}")
+                seaweed.write_private(self.folder / name, json.dumps(asdict(keys)))
+        s3, history = self.s3, S3Settings(**json.loads((self.folder / "history.json").read_text()))
         identities = {
             "fruits": (s3, seaweed.EVERYTHING),
             "history": (history, seaweed.READ_ONLY),
@@ -135,16 +197,12 @@ class Rehearsal:
                 cwd=home,
                 start_new_session=True,
             )
-        for name, content in (("s3", s3), ("history", history)):
-            (self.folder / f"{name}.json").unlink(missing_ok=True)
-            seaweed.write_private(self.folder / f"{name}.json", json.dumps(asdict(content)))
         (self.folder / "s3.pid").write_text(str(server.pid))
         deadline = time.monotonic() + 240
         while not seaweed.answers(s3):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise HostsError(f"the S3 stand-in did not start: see {self.folder}/s3.log")
             time.sleep(0.2)
-        BucketStore(Address(BUCKET, ""), s3).create_bucket()
 
     def _s3_process(self) -> psutil.Process | None:
         """Return the stand-in's process, if it is the one that was started here."""
@@ -202,6 +260,10 @@ class Rehearsal:
         seaweed.write_private(self.inventory, yaml.safe_dump(inventory, sort_keys=False))
 
 
+def _names(workers: int) -> list[str]:
+    return ["master", *(f"worker{number}" for number in range(1, workers + 1))]
+
+
 def main() -> int:
     """Run `up` or `down`."""
     parser = argparse.ArgumentParser("python -m tests.hosts.rehearsal", description=__doc__)
@@ -211,6 +273,7 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, help="a Keras file of MobileNetV2, put on S3")
     parser.add_argument("--metrics", action="store_true", help="with Prometheus behind the door")
     parser.add_argument("--suite", default="bookworm", help="the Debian release of the hosts")
+    parser.add_argument("--fresh", action="store_true", help="configure, whatever was kept")
     options = parser.parse_args()
     rehearsal = Rehearsal(suite=options.suite)
     try:
@@ -221,10 +284,13 @@ def main() -> int:
         weights = weights_file(options.weights) if options.weights else None
         prepare_machine()
         with demo_images(options.images) as (images, told):
-            rehearsal.up(options.workers, cluster_metrics=options.metrics)
+            if options.fresh:
+                rehearsal.up(options.workers, cluster_metrics=options.metrics)
+                rehearsal.configure()
+            else:
+                rehearsal.converge(options.workers, cluster_metrics=options.metrics)
             say(f"putting images on the S3 stand-in: {told}")
             _put_on_s3(rehearsal, images, weights)
-        rehearsal.play("configure.yml")
         rehearsal.play("check.yml")
     except (HostsError, FruitsError) as error:
         say(str(error))

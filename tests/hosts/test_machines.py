@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import PROJECT
 from tests.hosts import boot
 from tests.hosts.commands import HostsError, unfit
-from tests.hosts.machines import IMAGES, Machines, main
+from tests.hosts.machines import Machines, main
 from tests.hosts.network import forwarding_notes
 
 pytestmark = pytest.mark.skipif(unfit() is not None, reason=unfit() or "fit")
@@ -53,7 +53,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory, before: object) -> Iterat
     """Two hosts, beside any that a person has up."""
     folder = tmp_path_factory.mktemp("machines") / "hosts"
     with Machines(
-        folder, images=PROJECT / IMAGES, tag="hoststest", subnet="10.76.0.0/24", memory="1G", cpus=1
+        folder, tag="hoststest", subnet="10.76.0.0/24", memory="1G", cpus=1
     ) as machines:
         machines.up("one", "two")
         yield machines
