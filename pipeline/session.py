@@ -61,15 +61,17 @@ def make_session(
     ClusterError
         When no master is known.
     """
-    master = master or read_settings().get("spark.master")
+    known = read_settings()
+    master = master or known.get("spark.master")
     if master is None:
         raise ClusterError(
             "expected the address of a Spark master, found none; give --master spark://host:port "
             "or set SPARK_CONF_DIR to the folder of the cluster's spark-defaults.conf."
         )
     os.environ["JAVA_HOME"] = str(find_java_home())
-    # Executors must run this very interpreter; a cluster's nodes have it at the same path.
-    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    # Executors must run this very interpreter, or the one that the cluster's nodes have for it.
+    os.environ["PYSPARK_PYTHON"] = known.get("spark.pyspark.python", sys.executable)
+    os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
     builder = SparkSession.builder.appName(name).master(master)
     for key, value in (settings or {}).items():
         builder = builder.config(key, value)

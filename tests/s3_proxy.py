@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from urllib.parse import urlsplit
 
 METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
@@ -35,11 +35,12 @@ REFUSAL = b"\r\n".join(
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Seconds added to every GET, and the shares of requests refused and never answered."""
+    """Seconds added to GETs below a path, and the shares of requests refused and never answered."""
 
     delay: float = 0.0
     refused: float = 0.0
     hung: float = 0.0
+    slow_path: str = "/"
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Told:
 def s3_proxy(endpoint: str, behaviour: Behaviour, address: str = "127.0.0.1") -> Iterator[Told]:
     """Run a proxy before `endpoint`, at a free port of `address`."""
     s3 = urlsplit(endpoint)
-    shares = map(str, (behaviour.delay, behaviour.refused, behaviour.hung))
-    command = [sys.executable, "-m", __name__, address, str(s3.hostname), str(s3.port), *shares]
+    fields = map(str, astuple(behaviour))
+    command = [sys.executable, "-m", __name__, address, str(s3.hostname), str(s3.port), *fields]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as proxy:
@@ -111,7 +112,8 @@ class _FromClient(asyncio.Protocol):
                 self.is_hung = True
             if data.startswith(b"GET "):
                 self.told.gets += 1
-                self.answers.delay_next = self.behaviour.delay > 0
+                is_slow = data.startswith(f"GET {self.behaviour.slow_path}".encode())
+                self.answers.delay_next = is_slow and self.behaviour.delay > 0
         if self.answers.transport and not self.is_hung:
             self.answers.transport.write(data)
 
@@ -176,5 +178,6 @@ async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> No
 
 
 if __name__ == "__main__":
-    where, host, port, *shares = sys.argv[1:]
-    asyncio.run(_serve(where, host, int(port), Behaviour(*map(float, shares))))
+    where, host, port, *shares, slow_path = sys.argv[1:]
+    behaviour = Behaviour(*map(float, shares), slow_path)
+    asyncio.run(_serve(where, host, int(port), behaviour))

@@ -29,9 +29,10 @@ sha256: {description: Of the packed file., type: str, returned: always}
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
+from pathlib import Path
+from typing import BinaryIO
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
@@ -39,7 +40,7 @@ from ansible.module_utils.urls import open_url
 CHUNK = 1 << 20  # bytes
 
 
-def copy(source, target):
+def copy(source: BinaryIO, target: BinaryIO) -> str:
     """Copy a stream to another, and return the sha256 of what went by."""
     digest = hashlib.sha256()
     while chunk := source.read(CHUNK):
@@ -48,44 +49,45 @@ def copy(source, target):
     return digest.hexdigest()
 
 
-def pack(module, folder, file):
+def pack(module: AnsibleModule, folder: Path, file: Path) -> str:
     """Pack a folder; return the file's sha256."""
-    part = f"{file}.part"
-    # Numbers of root for all: names and times of a build do not make another file of the same.
-    command = ["tar", "--create", "--owner=0", "--group=0", "--numeric-owner", "--sort=name", "."]
-    with subprocess.Popen([*command], cwd=folder, stdout=subprocess.PIPE) as tar:
-        with open(part, "wb") as made, subprocess.Popen(
-            ["zstd", "-3", "-T0", "--quiet"], stdin=tar.stdout, stdout=subprocess.PIPE
-        ) as zstd:
-            digest = copy(zstd.stdout, made)
-    if tar.returncode or zstd.returncode:
-        os.unlink(part)
+    part = file.with_name(f"{file.name}.part")
+    tar = ["tar", "--create", "--owner=0", "--group=0", "--numeric-owner", "--sort=name", "."]
+    zstd = ["zstd", "-3", "-T0", "--quiet"]
+    with (
+        subprocess.Popen(tar, cwd=folder, stdout=subprocess.PIPE) as reads,
+        subprocess.Popen(zstd, stdin=reads.stdout, stdout=subprocess.PIPE) as packs,
+        part.open("wb") as made,
+    ):
+        digest = copy(packs.stdout, made)
+    if reads.returncode or packs.returncode:
+        part.unlink()
         module.fail_json(msg=f"expected to pack {folder} into {file}, tar or zstd failed")
-    os.replace(part, file)
+    part.replace(file)
     return digest
 
 
-def unpack(module, source, folder, expected):
+def unpack(module: AnsibleModule, source: BinaryIO, folder: Path, expected: str) -> None:
     """Make a folder of a packed stream that has the expected sha256."""
-    part = f"{folder}.part"
+    part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    os.mkdir(part, 0o755)
-    tar = subprocess.Popen(["tar", "--extract", "--zstd"], cwd=part, stdin=subprocess.PIPE)
-    try:
-        found = copy(source, tar.stdin)
-        tar.stdin.close()
-    except BrokenPipeError:  # tar has said why
-        found = "another"
-    if tar.wait() or found != expected:
+    part.mkdir()
+    command = ["tar", "--extract", "--zstd", "--preserve-permissions"]
+    with subprocess.Popen(command, cwd=part, stdin=subprocess.PIPE) as tar:
+        try:
+            found = copy(source, tar.stdin)
+        except BrokenPipeError:  # tar has said why
+            found = "of something that is not packed"
+    if tar.returncode or found != expected:
         shutil.rmtree(part)
         module.fail_json(
             msg=f"expected a packed folder with sha256 {expected}, found {found}. Remove it from "
-            "the cache of packs; the next run makes another."
+            "the cache of packs (cluster_packs) and run again: another is made."
         )
-    os.replace(part, folder)
+    part.replace(folder)
 
 
-def main():
+def main() -> None:
     """Pack or unpack, as the options say."""
     module = AnsibleModule(
         {
@@ -98,14 +100,15 @@ def main():
         required_one_of=[("file", "url")],
         supports_check_mode=True,
     )
-    folder, file, sha256 = (module.params[name] for name in ("folder", "file", "sha256"))
-    if sha256 and os.path.isdir(folder):
+    folder, sha256 = Path(module.params["folder"]), module.params["sha256"]
+    file, url = module.params["file"], module.params["url"]
+    if sha256 and folder.is_dir():
         module.exit_json(changed=False, sha256=sha256)
     if module.check_mode:
         module.exit_json(changed=True, sha256=sha256)
     if not sha256:
-        module.exit_json(changed=True, sha256=pack(module, folder, file))
-    with open(file, "rb") if file else open_url(module.params["url"], timeout=60) as source:
+        module.exit_json(changed=True, sha256=pack(module, folder, Path(file)))
+    with Path(file).open("rb") if file else open_url(url, timeout=60) as source:
         unpack(module, source, folder, sha256)
     module.exit_json(changed=True, sha256=sha256)
 

@@ -7,8 +7,9 @@ DOCUMENTATION = """
 module: write_files
 short_description: Writes several text files in one step
 description:
-  - All contents are validated before the first file is written, and each file is replaced at once.
-  - A folder that is missing is made, for everyone to read. Contents are never shown, as some are secrets.
+  - All contents are validated before the first file is written, and each is replaced at once.
+  - A folder that is missing is made, for everyone to read.
+  - Contents are never shown, as some are secrets.
 options:
   files:
     description: The files, in the order in which they are written.
@@ -46,6 +47,7 @@ written:
 import os
 import shlex
 import tempfile
+from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -59,17 +61,16 @@ FILE = {
 }
 
 
-def differs(dest, content):
+def differs(file: Path, content: str) -> bool:
     """Tell whether a file holds anything else than a text."""
     try:
-        with open(dest, "rb") as found:
-            return found.read() != content.encode()
+        return file.read_bytes() != content.encode()
     except FileNotFoundError:
         return True
 
 
-def new_file(module, one):
-    """Write a content beside its place, readable by root only, and have it validated."""
+def new_file(module: AnsibleModule, one: dict) -> str:
+    """Write a content where only root may read it, and have it validated; return its path."""
     number, name = tempfile.mkstemp(dir=module.tmpdir)
     with os.fdopen(number, "w") as new:
         new.write(one["content"])
@@ -81,38 +82,43 @@ def new_file(module, one):
     return name
 
 
-def make_folder(folder):
+def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, that everyone may read whatever the umask is."""
-    if not os.path.isdir(folder):
-        make_folder(os.path.dirname(folder))
-        os.mkdir(folder)
-        os.chmod(folder, 0o755)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir()
+        folder.chmod(0o755)
 
 
-def main():
+def attributes(one: dict) -> dict:
+    """Return the owner and permissions of a file as Ansible's own modules hand them on."""
+    none = dict.fromkeys(("seuser", "serole", "setype", "selevel", "secontext", "attributes"))
+    kept = {name: one[name] for name in ("owner", "group", "mode")}
+    return {"path": one["dest"], **kept, **none}
+
+
+def main() -> None:
     """Write what differs, and give each file its owner and permissions."""
     module = AnsibleModule(
         {"files": {"type": "list", "elements": "dict", "required": True, "options": FILE}},
         supports_check_mode=True,
     )
     files = module.params["files"]
-    new = {one["dest"]: new_file(module, one) for one in files if differs(one["dest"], one["content"])}
-    changed = []
+    new = {
+        one["dest"]: new_file(module, one)
+        for one in files
+        if differs(Path(one["dest"]), one["content"])
+    }
+    written = []
     for one in files:
-        is_new = one["dest"] in new
+        dest, is_new = Path(one["dest"]), one["dest"] in new
         if is_new and not module.check_mode:
-            make_folder(os.path.dirname(one["dest"]))
+            make_folder(dest.parent)
             module.atomic_move(new[one["dest"]], one["dest"])
-        attributes = {
-            "path": one["dest"], "owner": one["owner"], "group": one["group"], "mode": one["mode"],
-            "seuser": None, "serole": None, "setype": None, "selevel": None, "secontext": None,
-            "attributes": None,
-        }  # fmt: skip
-        if module.check_mode and not os.path.exists(one["dest"]):
-            changed.append(one["dest"])
-        elif module.set_fs_attributes_if_different(attributes, is_new):
-            changed.append(one["dest"])
-    module.exit_json(changed=bool(changed), written=changed)
+        is_missing = not dest.exists()  # in a check
+        if is_missing or module.set_fs_attributes_if_different(attributes(one), is_new):
+            written.append(one["dest"])
+    module.exit_json(changed=bool(written), written=written)
 
 
 if __name__ == "__main__":

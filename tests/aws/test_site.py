@@ -18,7 +18,7 @@ import pytest
 
 from tests.aws.account import Account, Request, account, by_role, instances, tags, things
 from tests.aws.admin import Admin
-from tests.hosts.cluster import fresh_hosts, on, recap
+from tests.hosts.cluster import hosts_of, on, recap
 from tests.hosts.rehearsal import BUCKET, SLOTS, SMALL_HOSTS, Rehearsal
 
 pytestmark = pytest.mark.timeout(1800)
@@ -68,7 +68,8 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
     """A host for the master and for each of three workers, and an S3 server that they reach."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    with fresh_hosts(folder, workers=3, tag="fruitsaws", subnet="10.81.0.0/24") as rehearsal:
+    with hosts_of(folder, tag="fruitsaws", subnet="10.81.0.0/24") as rehearsal:
+        rehearsal.up(workers=3)
         yield rehearsal
 
 

@@ -33,15 +33,12 @@ COMPONENTS = 8
 
 
 @contextmanager
-def fresh_hosts(
-    folder: Path, *, workers: int, tag: str, subnet: str, **settings: object
-) -> Iterator[Rehearsal]:
-    """Boot hosts fresh from the image beside an S3 server; see that nothing of them is left."""
+def hosts_of(folder: Path, *, tag: str, subnet: str) -> Iterator[Rehearsal]:
+    """Give hosts a folder and addresses of their own; see that nothing of them is left."""
     if reason := unfit():
         pytest.skip(f"needs hosts of its own: {reason}")
     machines = Machines(folder / "hosts", tag=tag, subnet=subnet)
     with Rehearsal(folder, machines) as rehearsal:
-        rehearsal.up(workers, **settings)
         yield rehearsal
     assert machines.leftovers() == []
 

@@ -10,11 +10,14 @@ import pytest
 
 from pipeline.storage import Address, BucketStore, FolderStore, open_store
 from pipeline.upload import upload
-from tests.hosts.cluster import SERVICES, Matrix, Work, fresh_hosts, on
+from tests.hosts.cluster import SERVICES, Matrix, Work, hosts_of, on, workers_alive
 from tests.hosts.commands import HostsError
 from tests.hosts.rehearsal import BUCKET, Rehearsal
+from tests.waiting import eventually
 
-FIRST_RUN = "configure.log"  # what the first configure.yml said at -vvv, in the rehearsal's folder
+# What the first two runs said, and what a check of fresh hosts left on them: in the rehearsal's
+# folder, and kept with a cluster that is cloned.
+FIRST_CHECK, FIRST_RUN, LEFT = "first-check.log", "first-run.log", "left-by-a-check.log"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,23 +36,25 @@ def pytest_runtest_makereport(
     return report
 
 
+def first_runs(rehearsal: Rehearsal) -> None:
+    """Check fresh hosts, then configure them, telling as much as Ansible can."""
+    check = rehearsal.play("configure.yml", "--check", quiet=True)
+    (rehearsal.folder / FIRST_CHECK).write_text(check.stdout + check.stderr)
+    made = "ls -d /opt/fruits /etc/fruits /etc/*.d/fruits.conf /usr/lib/jvm"
+    left = "".join(on(rehearsal, host, made, check=False) for host in SERVICES)
+    (rehearsal.folder / LEFT).write_text(left)
+    run = rehearsal.play("configure.yml", "-vvv", quiet=True)
+    (rehearsal.folder / FIRST_RUN).write_text(run.stdout + run.stderr)
+
+
 @pytest.fixture(scope="package")
-def cluster_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
-    """A master and two workers, and an S3 server that they reach; metrics are on."""
+def converged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
+    """A master and two workers after configure.yml, and an S3 server; metrics are on."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    hosts = fresh_hosts(
-        folder, workers=2, tag="fruitstest", subnet="10.79.0.0/24", cluster_metrics=True
-    )
-    with hosts as rehearsal:
+    with hosts_of(folder, tag="fruitstest", subnet="10.79.0.0/24") as rehearsal:
+        rehearsal.converge(workers=2, first=first_runs, cluster_metrics=True)
+        assert eventually(lambda: len(workers_alive(rehearsal)) == 2)
         yield rehearsal
-
-
-@pytest.fixture(scope="package")
-def converged(cluster_hosts: Rehearsal) -> Rehearsal:
-    """The same hosts after configure.yml."""
-    run = cluster_hosts.play("configure.yml", "-vvv", quiet=True)
-    (cluster_hosts.folder / FIRST_RUN).write_text(run.stdout + run.stderr)
-    return cluster_hosts
 
 
 @pytest.fixture(scope="session")

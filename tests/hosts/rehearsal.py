@@ -31,8 +31,8 @@ from pipeline.errors import FruitsError
 from pipeline.java import QUICK_START
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
-from tests.hosts.commands import HostsError, prepare_machine, say
 from tests.hosts import snapshots
+from tests.hosts.commands import HostsError, prepare_machine, say
 from tests.hosts.image import base_image
 from tests.hosts.machines import Machines
 
@@ -94,7 +94,10 @@ class Rehearsal:
         self._write_inventory(names, settings)
 
     def converge(
-        self, workers: int = 2, first: Callable[[Rehearsal], object] | None = None, **settings: object
+        self,
+        workers: int = 2,
+        first: Callable[[Rehearsal], object] | None = None,
+        **settings: object,
     ) -> None:
         """Have a configured cluster: a clone of a kept one, or a new one, which is kept.
 
@@ -155,13 +158,14 @@ class Rehearsal:
         inventory: Path | None = None,
         check: bool = True,
         quiet: bool = False,
+        repository: Path = REPOSITORY,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a playbook of this project on the hosts."""
+        """Run a playbook of this project, or of a copy of it, on the hosts."""
         command = [
             str(Path(sys.executable).with_name("ansible-playbook")),
             *("-i", str(inventory or self.inventory), f"ansible/{playbook}", *arguments),
         ]
-        run = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=quiet, check=False)
+        run = subprocess.run(command, cwd=repository, text=True, capture_output=quiet, check=False)
         if check and run.returncode != 0:
             raise HostsError(f"{playbook} failed; see above. {(run.stdout or '')[-3000:]}")
         return run

@@ -2,8 +2,8 @@
 
     python -m tests.hosts.snapshots    remove them, the packed environments and the base images
 
-What is kept lies in the user's cache: hosts that were shut down in good order, each an upper layer of
-the disk that a clone has as a lower one, and what the admin's machine knows of them.
+What is kept lies in the user's cache: the upper layers of the disks of hosts that were shut down in
+good order, which a clone has as lower ones, and what the admin's machine knows of them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _sources() -> Iterable[Path]:
 
 @contextmanager
 def new(snapshot: Path) -> Iterator[Path]:
-    """Yield a folder that becomes the snapshot when all went well, in place of others of its tag."""
+    """Yield a folder that becomes the snapshot, in place of others of its tag, if all went well."""
     SNAPSHOTS.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = Path(tempfile.mkdtemp(dir=SNAPSHOTS, prefix=".part-"))
     try:

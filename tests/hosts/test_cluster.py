@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.hosts.cluster import SERVICES, changed, on, secrets_of, workers_alive
-from tests.hosts.conftest import FIRST_RUN
+from tests.hosts.conftest import FIRST_CHECK, FIRST_RUN, LEFT
 from tests.hosts.rehearsal import Rehearsal
 from tests.waiting import eventually
 
@@ -33,52 +33,60 @@ def inventory_with(rehearsal: Rehearsal, folder: Path, **changes: object) -> Pat
     return file
 
 
+def refusal(rehearsal: Rehearsal, *arguments: str, **options: Path) -> str:
+    """Run configure.yml, which must end before any host is touched; return what it said."""
+    run = rehearsal.play("configure.yml", *arguments, check=False, quiet=True, **options)
+    assert run.returncode != 0
+    assert not any(changed(run).values())
+    return re.sub(r"\s+", " ", run.stdout + run.stderr)
+
+
+INVENTORIES = [
+    ({"master": {"hosts": {}}}, "Expected exactly one host in the group `master`, found none"),
+    ({"workers": {"hosts": {}}}, "Expected at least one host in the group `workers`"),
+]
+SETTINGS = [
+    ({"cluster_bukket": "x"}, "found cluster_bukket"),
+    ({"cluster_bucket": "No_Bucket"}, "Expected the name of a bucket"),
+    ({"cluster_rpc_secret": "short"}, "Expected `cluster_rpc_secret` of 32"),
+    ({"cluster_door_port": 7077}, "Expected ports from 1 to 65535, each used"),
+    ({"cluster_door_sources": ["everyone"]}, "Expected networks such as"),
+    ({"cluster_s3_secret_key": ""}, "with `cluster_s3_endpoint`"),
+    ({"cluster_spark_settings": {"executor": 1}}, "Expected names such as"),
+    ({"cluster_tls_key": "key.pem"}, "together, found one of them"),
+]
+CHANGES = [*INVENTORIES, *(({"variables": settings}, says) for settings, says in SETTINGS)]
+ONE_OF_EACH_KIND = (0, 2, 3)  # groups, names, values; the others take as long
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"master": {"hosts": {}}}, "Expected exactly one host in the group `master`, found none"),
-        ({"workers": {"hosts": {}}}, "Expected at least one host in the group `workers`"),
-        ({"variables": {"cluster_bukket": "x"}}, "found cluster_bukket"),
-        ({"variables": {"cluster_bucket": "No_Bucket"}}, "Expected the name of a bucket"),
-        ({"variables": {"cluster_rpc_secret": "short"}}, "Expected `cluster_rpc_secret` of 32"),
-        ({"variables": {"cluster_door_port": 7077}}, "Expected ports from 1 to 65535, each used"),
-        ({"variables": {"cluster_door_sources": ["everyone"]}}, "Expected networks such as"),
-        ({"variables": {"cluster_s3_secret_key": ""}}, "with `cluster_s3_endpoint`"),
-        (
-            {"variables": {"cluster_spark_settings": {"executor": 1}}},
-            "Expected names such as",
-        ),
-        ({"variables": {"cluster_tls_key": "key.pem"}}, "together, found one of them"),
+        pytest.param(*one, marks=[] if number in ONE_OF_EACH_KIND else pytest.mark.soak)
+        for number, one in enumerate(CHANGES)
     ],
 )
 def test_a_bad_inventory_is_refused_before_any_host_is_touched(
-    cluster_hosts: Rehearsal, tmp_path: Path, changes: dict[str, object], says: str
+    converged: Rehearsal, tmp_path: Path, changes: dict[str, object], says: str
 ) -> None:
-    file = inventory_with(cluster_hosts, tmp_path, **changes)
-    run = cluster_hosts.play("configure.yml", inventory=file, check=False, quiet=True)
-    assert run.returncode != 0
-    assert says in re.sub(r"\s+", " ", run.stdout + run.stderr)
-    assert "Look at the host" not in run.stdout
+    said = refusal(converged, inventory=inventory_with(converged, tmp_path, **changes))
+    assert says in said
+    assert "Look at the host" not in said
 
 
 def test_a_host_that_is_too_small_is_refused_with_the_smallest_that_fits(
-    cluster_hosts: Rehearsal,
+    converged: Rehearsal,
 ) -> None:
-    much = ["-e", "cluster_smallest_memory_mb=1000000"]
-    run = cluster_hosts.play("configure.yml", *much, check=False, quiet=True)
-    assert run.returncode != 0
-    assert "t3.medium" in run.stdout + run.stderr
-    assert not any(changed(run).values())
+    assert "t3.medium" in refusal(converged, "-e", "cluster_smallest_memory_mb=1000000")
 
 
 # --- check, converge, and again ---------------------------------------------------------------
 
 
-def test_a_check_of_fresh_hosts_changes_nothing(cluster_hosts: Rehearsal) -> None:
-    cluster_hosts.play("configure.yml", "--check")
-    for host in SERVICES:
-        there = on(cluster_hosts, host, "ls -d /opt/fruits /etc/fruits /usr/lib/jvm", check=False)
-        assert there == ""
+def test_a_check_of_fresh_hosts_changes_nothing(converged: Rehearsal) -> None:
+    said = (converged.folder / FIRST_CHECK).read_text()
+    assert "A run without --check installs and starts everything" in said
+    assert (converged.folder / LEFT).read_text() == ""
 
 
 def test_a_second_run_changes_nothing(converged: Rehearsal) -> None:
@@ -109,7 +117,8 @@ def test_an_unhealthy_cluster_is_told_with_what_to_look_at(converged: Rehearsal)
 
 def test_workers_carry_neither_tensorflow_nor_jupyterlab(converged: Rehearsal) -> None:
     for worker in ("worker1", "worker2"):
-        packages = on(converged, worker, "ls /opt/fruits/environments/*/venv/lib/python3*/site-packages")
+        folder = "/opt/fruits/environments/*/venv/lib/python3*/site-packages"
+        packages = on(converged, worker, f"ls {folder}")
         assert "pyspark" in packages
         assert not {"tensorflow", "jupyterlab", "boto3"} & set(packages.split())
 
@@ -236,7 +245,8 @@ def test_no_secret_is_in_a_journal_a_process_list_or_a_file_for_everyone(
     # Not an argument of grep: sudo would write it into the journal that is searched.
     search = (
         "umask 077; cat >/root/pattern; "
-        "find /etc /opt/fruits/environments/*/complete /opt/fruits/releases /var /run /tmp /home /root "
+        "find /etc /opt/fruits/environments/*/complete /opt/fruits/releases /opt/fruits/bin "
+        "/var /run /tmp /home /root "
         "-xdev -type f -perm -004 -size -20M -print0 | xargs -0 grep -lEf /root/pattern --; "
         "rm /root/pattern"
     )
@@ -258,7 +268,7 @@ def test_no_secret_is_in_a_journal_a_process_list_or_a_file_for_everyone(
 
 def test_ansible_tells_no_secret_however_much_it_is_asked_to_tell(converged: Rehearsal) -> None:
     told = (converged.folder / FIRST_RUN).read_text()
-    assert "TASK [spark_master : Write the master's unit]" in told
+    assert "TASK [node : Write the files of spark-master]" in told
     for name, secret in secrets_of(converged).items():
         assert secret not in told, name
 

@@ -28,11 +28,12 @@ from tests.hosts.cluster import (
     workers_alive,
 )
 from tests.hosts.rehearsal import BUCKET, Rehearsal
-from tests.s3_proxy import Behaviour, s3_proxy
+from tests.s3_proxy import Behaviour, Told, s3_proxy
 from tests.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.timeout(2400)
 
+SETTINGS = "/etc/fruits/spark"
 SCRATCH = "/var/lib/fruits/spark/local"
 
 
@@ -106,16 +107,33 @@ class Job:
         self.work, self.output, self.expected = work, output, expected
         self.rehearsal, self.machines = work.rehearsal, work.rehearsal.machines
 
-    def survives(self, fault: Callable[[], object]) -> None:
-        """Run it, let the fault happen while both workers are at the images, see it through."""
-        running = self.work.start(self.output)
-        self.wait_for_both(running)
-        fault()
+    def survives(self, *faults: Callable[[Job], object], conf: str = SETTINGS) -> None:
+        """Run it, let each fault happen while both workers are at the images, see it through."""
+        running = self.work.start(self.output, conf)
+        for fault in faults:
+            self.wait_for_both(running)
+            fault(self)
         finish(running)
         self.work.matrix(self.output).assert_equals(self.expected)
 
+    @contextmanager
+    def s3(self, behaviour: Behaviour) -> Iterator[tuple[str, Told]]:
+        """Put a proxy before S3; yield the folder of settings that lead there, and its record."""
+        conf = f"/var/lib/fruits/analyst/{self.output}"
+        endpoint = str(self.rehearsal.s3.endpoint)
+        with s3_proxy(endpoint, behaviour, self.machines.gateway) as proxy:
+            self.machines.open_port(int(proxy.endpoint.rpartition(":")[2]))
+            on(
+                self.rehearsal,
+                "master",
+                f"umask 077; cp -r {SETTINGS} {conf}; sed -i 's#{endpoint}#{proxy.endpoint}#' "
+                f"{conf}/spark-defaults.conf; chown -R analyst {conf}",
+            )
+            yield conf, proxy
+
     def wait_for_both(self, running: subprocess.Popen[str]) -> None:
-        """Wait until an executor on each worker runs Python."""
+        """Wait until an executor on each worker runs Python, also again after a fault."""
+        time.sleep(2)  # what was killed is gone by then
         busy = "pgrep -u spark -f pyspark.daemon"
         both = ("worker1", "worker2")
         assert eventually(
@@ -145,27 +163,25 @@ def at_hand(job: Job, host: str, command: str) -> Iterator[Callable[[], None]]:
         yield strike
 
 
-@pytest.mark.parametrize(
-    "victims",
-    [
-        {"worker1": "CoarseGrainedExecutorBackend", "worker2": "pyspark.daemon"},
-        {"worker1": "deploy.worker.Worker"},
-    ],
-    ids=["an executor and a Python worker", "a worker"],
+def kill_9(**victims: str) -> Callable[[Job], None]:
+    """Return a fault: of each host, a process is killed, all at once."""
+
+    def strike(job: Job) -> None:
+        with ExitStack() as stack:
+            kills = [
+                stack.enter_context(at_hand(job, host, f"pkill -9 -u spark -f {process}"))
+                for host, process in victims.items()
+            ]
+            for kill in kills:
+                kill()
+
+    return strike
+
+
+an_executor_and_a_python_worker = kill_9(
+    worker1="CoarseGrainedExecutorBackend", worker2="pyspark.daemon"
 )
-def test_kill_9(job: Job, victims: dict[str, str]) -> None:
-    with ExitStack() as stack:
-        kills = [
-            stack.enter_context(at_hand(job, host, f"pkill -9 -u spark -f {process}"))
-            for host, process in victims.items()
-        ]
-
-        def kill() -> None:
-            for one in kills:
-                one()
-
-        job.survives(kill)
-
+a_worker = kill_9(worker1="deploy.worker.Worker")
 
 # The workers try to reach it every 5 to 15 s. Some of that falls into its start, which takes longer
 # here: they register while it is about to ask them what they run.
@@ -180,66 +196,82 @@ pkill -CONT -u spark -f deploy.master.Master
 """
 
 
-def test_the_master_killed_and_slow_to_return(job: Job) -> None:
-    job.survives(lambda: on(job.rehearsal, "master", SLOW_RETURN))
+def the_master_which_is_slow_to_return(job: Job) -> None:
+    on(job.rehearsal, "master", SLOW_RETURN)
 
 
-def test_a_cable_cut_for_half_a_minute(job: Job) -> None:
-    def cut() -> None:
-        job.machines.cut("worker1")
-        time.sleep(30)
-        job.machines.mend("worker1")
-
-    job.survives(cut)
+def a_cable_for_half_a_minute(job: Job) -> None:
+    job.machines.cut("worker1")
+    time.sleep(30)
+    job.machines.mend("worker1")
 
 
-def test_a_cable_cut_for_good(job: Job) -> None:
-    try:
-        job.survives(lambda: job.machines.cut("worker1"))
-    finally:
-        job.machines.mend("worker1")
+def a_cable_for_good(job: Job) -> None:
+    job.machines.cut("worker1")
 
 
-def test_a_worker_without_power(job: Job) -> None:
-    try:
-        job.survives(lambda: job.machines.kill("worker1"))
-    finally:
-        job.machines.start("worker1")
+def power(job: Job) -> None:
+    job.machines.kill("worker1")
 
 
-def test_the_driver_killed_and_the_job_started_again(job: Job) -> None:
-    running = job.work.start(job.output)
-    store = open_store(Address(BUCKET, job.output), job.rehearsal.s3)
-
-    def features_are_committed() -> bool:
-        return any(entry.key.endswith("/_SUCCESS") for entry in store.list("features/"))
-
-    kill = "pkill -9 -u analyst -f pipeline; pkill -9 -u analyst java; true"
-    with at_hand(job, "master", kill) as kill_it:
-        assert eventually(features_are_committed), running.communicate(timeout=60)
-        kill_it()
-    running.communicate(timeout=SECONDS)
-    assert store.read("run.json") is None
-    job.work.run(job.output)
-    assert job.work.report(job.output)["counts"]["computed"] == 0
-    job.work.matrix(job.output).assert_equals(job.expected)
+@pytest.fixture
+def mended(converged: Rehearsal) -> Iterator[None]:
+    """Afterwards the first worker has its cable and its power."""
+    yield
+    converged.machines.mend("worker1")
+    converged.machines.start("worker1")
 
 
-def test_an_s3_that_refuses_and_hangs(job: Job) -> None:
-    conf = "/var/lib/fruits/analyst/bad-day"
-    bad_day = Behaviour(refused=0.05, hung=0.01)
-    endpoint = str(job.rehearsal.s3.endpoint)
-    with s3_proxy(endpoint, bad_day, job.machines.gateway) as proxy:
-        job.machines.open_port(int(proxy.endpoint.rpartition(":")[2]))
-        on(
-            job.rehearsal,
-            "master",
-            f"umask 077; cp -r /etc/fruits/spark {conf}; sed -i 's#{endpoint}#{proxy.endpoint}#' "
-            f"{conf}/spark-defaults.conf; chown -R analyst {conf}",
+def test_one_job_survives_one_loss_after_the_other(job: Job, mended: None) -> None:
+    # Far away, images take their time: the job is still at them when the last loss comes.
+    with job.s3(Behaviour(delay=6, slow_path=f"/{BUCKET}/images")) as (conf, proxy):
+        job.survives(
+            an_executor_and_a_python_worker,
+            a_worker,
+            the_master_which_is_slow_to_return,
+            a_cable_for_half_a_minute,
+            a_cable_for_good,
+            conf=conf,
         )
+    assert proxy.gets > 600  # some were read again
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "loss",
+    [
+        an_executor_and_a_python_worker,
+        a_worker,
+        the_master_which_is_slow_to_return,
+        a_cable_for_half_a_minute,
+        a_cable_for_good,
+        power,
+    ],
+)
+def test_a_job_survives_each_loss_by_itself(
+    job: Job, mended: None, loss: Callable[[Job], object]
+) -> None:
+    job.survives(loss)
+
+
+def test_a_driver_killed_on_a_bad_day_of_s3_and_the_job_started_again(job: Job) -> None:
+    with job.s3(Behaviour(refused=0.05, hung=0.01)) as (conf, proxy):
+        running = job.work.start(job.output, conf)
+        store = open_store(Address(BUCKET, job.output), job.rehearsal.s3)
+
+        def features_are_committed() -> bool:
+            return any(entry.key.endswith("/_SUCCESS") for entry in store.list("features/"))
+
+        kill = "pkill -9 -u analyst -f 'pipeline run'; pkill -9 -u analyst java; true"
+        with at_hand(job, "master", kill) as kill_it:
+            assert eventually(features_are_committed), running.communicate(timeout=60)
+            kill_it()
+        running.communicate(timeout=SECONDS)
+        assert store.read("run.json") is None
         job.work.run(job.output, conf)
     assert proxy.refused
     assert proxy.hung
+    assert job.work.report(job.output)["counts"]["computed"] == 0
     job.work.matrix(job.output).assert_equals(job.expected)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from tests.hosts.cluster import SERVICES, changed, on, secrets_of, workers_alive
-from tests.hosts.rehearsal import Rehearsal
+from tests.hosts.rehearsal import REPOSITORY, Rehearsal
 from tests.waiting import SECONDS, eventually
 
 pytestmark = pytest.mark.timeout(1800)
@@ -123,24 +125,47 @@ def running_application(converged: Rehearsal, rounds: object) -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
+@pytest.fixture
+def new_code(tmp_path: Path) -> Path:
+    """A copy of the project in which a file of the pipeline has changed."""
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for name in ("ansible", "pipeline", "notebooks", "README.md", "LICENSE", "pyproject.toml"):
+        (shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy)(
+            REPOSITORY / name, copy / name
+        )
+    for file in (*REPOSITORY.glob("*.lock"), REPOSITORY / "ansible.cfg"):
+        shutil.copy(file, copy)
+    changed_file = copy / "pipeline/ports.py"
+    changed_file.write_text(f"{changed_file.read_text()}NEW = True\n")
+    return copy
+
+
 class TestAnApplicationGoesOn:
     """One application, from before the change to after the restart."""
 
-    def test_while_a_change_of_settings_rolls_through(
-        self, converged: Rehearsal, rounds: object
+    def test_while_new_code_and_a_change_of_settings_roll_through(
+        self, converged: Rehearsal, rounds: object, new_code: Path
     ) -> None:
         # A run was cut off after it had written the settings of two hosts and before any restart.
         written = r"sed -i -E 's/^(spark.port.maxRetries +)16$/\117/'"
         for host in ("master", "worker1"):
             on(converged, host, f"{written} /etc/fruits/spark/spark-defaults.conf")
         before = starts(converged)
+        environment = on(converged, "worker1", "ls -i /opt/fruits/environments")
         content = yaml.safe_load(converged.inventory.read_text())
         content["all"]["vars"] |= {"cluster_port_tries": 17, "cluster_metrics": False}
         converged.inventory.write_text(yaml.safe_dump(content))  # from here on, for all tests below
-        play = converged.play("upgrade.yml", quiet=True)
+        play = converged.play("upgrade.yml", quiet=True, repository=new_code)
         assert all(count > 0 for host, count in changed(play).items() if host != "localhost")
         after = starts(converged)
         assert all(before[host] != after[host] for host in SERVICES)
+        # The release has the new code, the environment below it and the release before are kept.
+        has_new_code = "from pipeline.ports import NEW"
+        for host in SERVICES:
+            on(converged, host, f"{PYTHON} -c {shlex.quote(has_new_code)}")
+            assert len(on(converged, host, "ls /opt/fruits/releases").split()) == 2
+        assert on(converged, "worker1", "ls -i /opt/fruits/environments") == environment
         for host in SERVICES:  # metrics have been turned off
             assert (
                 on(converged, host, "ls /etc/systemd/system | grep -cE 'prometheus|exporter'; true")
@@ -169,26 +194,25 @@ class TestAnApplicationGoesOn:
 
 def test_a_check_of_metrics_that_are_yet_to_come_passes(converged: Rehearsal) -> None:
     play = converged.play("configure.yml", "--check", "-e", "cluster_metrics=true", quiet=True)
-    assert "Write the exporter's unit" in play.stdout
+    assert "Write the files of fruits-node-exporter" in play.stdout
     assert on(converged, "master", "ls /etc/systemd/system | grep exporter", check=False) == ""
 
 
 def test_root_follows_no_link_that_the_analyst_has_laid(converged: Rehearsal) -> None:
     home = "/var/lib/fruits/analyst"
-    lay = f"cd {home} && mv .scratch kept && ln -s /etc .scratch"
-    on(converged, "master", f"sudo -u analyst sh -c '{lay}'")
-    before = on(converged, "master", "stat -c '%U %a' /etc")
-    try:
-        play = converged.play("configure.yml", check=False, quiet=True)
-    finally:
-        on(
-            converged,
-            "master",
-            f"sudo -u analyst sh -c 'cd {home} && rm .scratch && mv kept .scratch'",
-        )
-    assert play.returncode != 0
-    assert f"{home}/.scratch already exists as a link" in play.stdout
-    assert on(converged, "master", "stat -c '%U %a' /etc") == before
+    for folder in (".scratch", "notebooks"):
+        lay = f"cd {home} && mv {folder} kept && ln -s /etc {folder}"
+        on(converged, "master", f"sudo -u analyst sh -c '{lay}'")
+        before = on(converged, "master", "stat -c '%U %a' /etc; ls /etc")
+        try:  # as each boot does, and each run of the playbooks that has folders to make
+            make = "systemd-tmpfiles --create /etc/tmpfiles.d/fruits.conf 2>&1; true"
+            told = on(converged, "master", make)
+            on(converged, "master", "systemctl restart jupyterlab", check=False)
+        finally:
+            mend = f"cd {home} && rm {folder} && mv kept {folder}"
+            on(converged, "master", f"sudo -u analyst sh -c '{mend}'")
+        assert f"{home}/{folder}" in told  # it says what is in the way
+        assert on(converged, "master", "stat -c '%U %a' /etc; ls /etc") == before
 
 
 def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
@@ -211,7 +235,10 @@ def test_a_cluster_in_use_is_not_reset_by_mistake(converged: Rehearsal) -> None:
 def test_a_reset_leaves_plain_hosts(converged: Rehearsal) -> None:
     converged.play("reset.yml", "-e", "reset=rehearsal")
     for host in converged.machines.hosts:
-        left = "ls -d /opt/fruits /etc/fruits /var/lib/fruits /etc/systemd/system/*spark*"
+        left = (
+            "ls -d /opt/fruits /etc/fruits /var/lib/fruits /run/fruits /etc/*.d/fruits.conf "
+            "/etc/systemd/system/*spark* /etc/systemd/system/fruits-*"
+        )
         assert on(converged, host, left, check=False) == ""
         assert on(converged, host, "getent passwd spark analyst spark-history", check=False) == ""
         assert on(converged, host, "nft list tables", check=False).strip() == ""

@@ -52,9 +52,7 @@ def before() -> dict[str, str]:
 def machines(tmp_path_factory: pytest.TempPathFactory, before: object) -> Iterator[Machines]:
     """Two hosts, beside any that a person has up."""
     folder = tmp_path_factory.mktemp("machines") / "hosts"
-    with Machines(
-        folder, tag="hoststest", subnet="10.76.0.0/24", memory="1G", cpus=1
-    ) as machines:
+    with Machines(folder, tag="hoststest", subnet="10.76.0.0/24", memory="1G", cpus=1) as machines:
         machines.up("one", "two")
         yield machines
 

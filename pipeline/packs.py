@@ -1,0 +1,75 @@
+"""Signs addresses by which hosts bring packed environments to the bucket, and fetch them.
+
+    python -m pipeline.packs look KEY < place.json     is it there? prints `there` or `missing`
+    python -m pipeline.packs fetch KEY < place.json    prints an address to read it from
+    python -m pipeline.packs bring KEY < place.json    prints an address to write it to
+
+`place.json` has the bucket and the region, and an endpoint with its keys where that is not AWS.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+SECONDS_VALID = 3600
+MISSING = {"404", "NoSuchKey", "NoSuchBucket"}
+OPERATIONS = {"fetch": "get_object", "bring": "put_object"}
+
+
+def client(place: Mapping[str, str]) -> Any:
+    """Return a client of the place's S3: with its keys, or as the admin on AWS."""
+    return boto3.client(
+        "s3",
+        region_name=place["region"],
+        endpoint_url=place.get("endpoint") or None,
+        aws_access_key_id=place.get("access_key") or None,
+        aws_secret_access_key=place.get("secret_key") or None,
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path" if place.get("endpoint") else "virtual"},
+        ),
+    )
+
+
+def is_there(place: Mapping[str, str], key: str) -> bool:
+    """Tell whether the bucket has an object."""
+    try:
+        client(place).head_object(Bucket=place["bucket"], Key=key)
+    except ClientError as error:
+        if error.response["Error"]["Code"] in MISSING:
+            return False
+        raise
+    return True
+
+
+def signed(place: Mapping[str, str], key: str, operation: str) -> str:
+    """Return an address that holds for an hour.
+
+    Parameters
+    ----------
+    operation
+        `fetch` (GET) or `bring` (PUT).
+    """
+    address: str = client(place).generate_presigned_url(
+        OPERATIONS[operation],
+        Params={"Bucket": place["bucket"], "Key": key},
+        ExpiresIn=SECONDS_VALID,
+    )
+    return address
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["look", _key]:
+            sys.stdout.write("there\n" if is_there(json.load(sys.stdin), _key) else "missing\n")
+        case [("fetch" | "bring") as _operation, _key]:
+            sys.stdout.write(f"{signed(json.load(sys.stdin), _key, _operation)}\n")
+        case _:
+            sys.exit(__doc__)
