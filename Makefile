@@ -15,11 +15,13 @@ help: ## this list
 setup: ## everything the other commands need, into .venv (they call it themselves)
 	@.ci/setup
 
-demo: setup ## the whole job on this machine: [IMAGES=dir] [WEIGHTS=file] [OUTPUT=dir]
+demo: ## the whole job on this machine: [IMAGES=dir] [WEIGHTS=file] [OUTPUT=dir]
+	@.ci/setup demo
 	@.venv/bin/fruits demo $(if $(IMAGES),--images "$(IMAGES)") \
 		$(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(OUTPUT)"
 
-lab: setup ## the notebooks in JupyterLab, with Spark and S3 on this machine: [IMAGES=dir]
+lab: ## the notebooks in JupyterLab, with Spark and S3 on this machine: [IMAGES=dir]
+	@.ci/setup demo
 	@.venv/bin/fruits lab $(if $(IMAGES),--images "$(IMAGES)")
 
 notebook: setup ## the notebook run on this machine, kept as HTML: [IMAGES=dir] [WEIGHTS=file]
@@ -79,6 +81,7 @@ lock: ## resolve every dependency anew into the lock files [UPGRADE=--upgrade]
 	$(COMPILE) -c dev.lock -o worker.lock
 	$(subst pyproject.toml,,$(COMPILE)) $(UPGRADE) --group admin -c dev.lock -o admin.lock
 	$(subst pyproject.toml,,$(COMPILE)) --group build -c dev.lock -o build.lock
+	$(subst pyproject.toml,,$(COMPILE)) --group demo -c dev.lock -o demo.lock
 	$(subst pyproject.toml,,$(COMPILE)) --group java -o java.lock
 	.venv/bin/python -m pipeline.jars lock
 

@@ -16,6 +16,16 @@ PYTHON_LOCKS = sorted(PROJECT.glob("*.lock"))
 REQUIREMENT = re.compile(r"[\w.-]+(\[[\w,-]+\])?==\S+( ; .+)?")
 
 
+def requirements(lock: Path) -> list[str]:
+    """Return each package of a lock file with its version, its condition and its hashes."""
+    return lock.read_text().replace("\\\n", "").splitlines()
+
+
+def versions(lock: Path) -> list[str]:
+    """Return the packages without the conditions, which tell also who else asks for them."""
+    return [re.sub(r" ; .+?(?= +--hash)", "", line) for line in requirements(lock)]
+
+
 def locked() -> dict[str, Jar]:
     return {jar.name: jar for jar in read_lock()}
 
@@ -67,9 +77,8 @@ def test_no_lock_file_names_a_place_to_download_from(file: Path) -> None:
 
 @pytest.mark.parametrize("file", PYTHON_LOCKS, ids=lambda file: file.name)
 def test_every_python_package_is_locked_by_version_and_hashes(file: Path) -> None:
-    requirements = file.read_text().replace("\\\n", "").splitlines()
-    assert requirements
-    for line in requirements:
+    assert requirements(file)
+    for line in requirements(file):
         requirement, *hashes = line.split("--hash=")
         assert REQUIREMENT.fullmatch(requirement.strip()), line[:80]
         assert hashes, line[:80]
@@ -79,7 +88,15 @@ def test_every_python_package_is_locked_by_version_and_hashes(file: Path) -> Non
 
 def test_every_place_has_its_lock_file() -> None:
     names = {file.name for file in PYTHON_LOCKS}
-    assert names == {f"{p}.lock" for p in ("admin", "build", "dev", "java", "master", "worker")}
+    places = ("admin", "build", "demo", "dev", "java", "master", "worker")
+    assert names == {f"{place}.lock" for place in places}
+
+
+def test_what_one_place_has_the_developers_have_too_and_the_same() -> None:
+    """So `make demo` and then `make test` install each package once."""
+    of_developers = set(versions(PROJECT / "dev.lock"))
+    for name in ("admin", "build", "demo", "master", "worker"):
+        assert set(versions(PROJECT / f"{name}.lock")) <= of_developers, name
 
 
 # --- one jar ---------------------------------------------------------------------------------
