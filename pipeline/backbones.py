@@ -14,8 +14,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,16 @@ import numpy.typing as npt
 from pipeline.decode import PREPROCESSING
 from pipeline.errors import WeightsError
 from pipeline.jars import default_folder as jars_folder
+
+# Where keras.applications has its file from, which it gives no sum for.
+KERAS_WEIGHTS = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/"
+    "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
+)
+SECONDS_TO_ANSWER = 5.0
+HDF5 = b"\x89HDF\r\n\x1a\n"  # what a Keras file begins with
+
+INPUT_SIZE = 224  # what the networks were trained at
 
 
 @dataclass(frozen=True)
@@ -222,36 +234,30 @@ def find_weights(backbone: str, weights: str | None) -> Path:
 
 
 def _download_mobilenet_v2() -> Path:
-    """Return Keras's own ImageNet file, from its cache or by its own download.
+    """Return Keras's own ImageNet file, from Keras's cache or downloaded into it.
 
-    The name and the sum are those of keras.applications; Keras itself knows where the file lies.
+    Without Keras: to import it, and TensorFlow with it, takes ten seconds, for nothing on a machine
+    without a network.
     """
-    name = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
     keras_home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-    cached = keras_home / "models" / name
-    if cached.exists():
-        return cached
-    run = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", _DOWNLOAD],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_HOME": str(keras_home)},
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode != 0 or not cached.exists():
-        last_words = (run.stderr.strip().splitlines() or ["no more is known"])[-1]
-        raise WeightsError(
-            f"Keras could not download its MobileNetV2 weights ({last_words[:200]}). Give a file "
-            "with --weights PATH, or use --backbone efficientnet_lite0, whose weights are here."
-        )
+    cached = keras_home / "models" / KERAS_WEIGHTS.rpartition("/")[2]
+    if not cached.exists():
+        try:
+            with urlopen(KERAS_WEIGHTS, timeout=SECONDS_TO_ANSWER) as answer:
+                content = answer.read()
+            if not content.startswith(HDF5):
+                raise OSError("what came is no Keras file")
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
+                whole = Path(scratch) / cached.name
+                whole.write_bytes(content)
+                whole.replace(cached)
+        except (OSError, HTTPException) as error:
+            raise WeightsError(
+                f"could not download Keras's MobileNetV2 weights ({error}). Give a file with "
+                "--weights PATH, or use --backbone efficientnet_lite0, whose weights are here."
+            ) from error
     return cached
-
-
-_DOWNLOAD = """
-import socket
-socket.setdefaulttimeout(10)
-import keras
-keras.applications.MobileNetV2(include_top=False, input_shape=(224, 224, 3))
-"""
 
 
 if __name__ == "__main__":

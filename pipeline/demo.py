@@ -12,10 +12,11 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.backbones import find_weights
+from pipeline.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.console import ConsoleObserver, observing, out, summary
 from pipeline.errors import NoImagesError, WeightsError
 from pipeline.images import is_image
@@ -54,14 +55,20 @@ def show(
     """
     check_target(output)
     with ExitStack() as stack:
+        # Beside the rest: a download may have to wait, and TensorFlow takes one core for a while.
+        beside = stack.enter_context(ThreadPoolExecutor(1))
+        chosen = beside.submit(demo_weights, weights, backbone)
         folder, told = stack.enter_context(demo_images(images or images_named()))
         out.print(f"Images from {told}.")
-        network, file, note = demo_weights(weights, backbone)
+        network, file, note = chosen.result()
         if note:
             out.print(f"[yellow]{note}.")
+        model = identify(BACKBONES[network], file, INPUT_SIZE)
+        converted = beside.submit(flatbuffer, model, file)
         with observing() as observer:
             place = stack.enter_context(place_with_images(folder, observer))
             job = make_job(place, observer, str(SOURCE), str(TARGET), network, str(file))
+            job.flatbuffer = converted.result
             run = job.run()
             copy_result(job.store, output)
         out.print(summary(run, str(output)))

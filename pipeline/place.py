@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from pipeline.backbones import BACKBONES, find_weights, flatbuffer, identify
+from pipeline.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.errors import StateError, StorageError
 from pipeline.features import FeatureTable, models_in
 from pipeline.job import Job, Observer
@@ -82,7 +82,7 @@ def make_job(
     output: str,
     backbone: str,
     weights: str | None,
-    input_size: int = 224,
+    input_size: int = INPUT_SIZE,
     force: bool = False,
 ) -> Job:
     """Return the job from IMAGES to OUTPUT by a network and its weights.

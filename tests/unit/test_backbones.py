@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify, load_network
+from pipeline import backbones
+from pipeline.backbones import (
+    BACKBONES,
+    HDF5,
+    KERAS_WEIGHTS,
+    Model,
+    find_weights,
+    flatbuffer,
+    identify,
+    load_network,
+)
 from pipeline.decode import PREPROCESSING
 from pipeline.errors import WeightsError
 
@@ -97,6 +112,98 @@ def test_imagenet_is_what_keras_downloaded_before(
     cached.touch()
     assert find_weights("mobilenet_v2", given) == cached
     assert find_weights("efficientnet_lite0", given).suffix == ".pth"
+
+
+@pytest.fixture
+def keras_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of Keras."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    return tmp_path / "keras"
+
+
+@contextmanager
+def server(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Iterator[None]:
+    """Let the weights lie on a server that gives this answer to one connection."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor() as beside:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/{Path(KERAS_WEIGHTS).name}"
+        monkeypatch.setattr(backbones, "KERAS_WEIGHTS", address)
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        served = beside.submit(serve)
+        yield
+        served.result()
+
+
+def http(content: bytes, length: int | None = None, status: str = "200 OK") -> bytes:
+    length = len(content) if length is None else length
+    return f"HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n".encode() + content
+
+
+def test_the_weights_lie_where_keras_has_them_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    keras = pytest.importorskip("keras")
+    asked: list[tuple[str, str]] = []
+
+    def get_file(name: str, origin: str, **_: object) -> str:
+        asked.append((name, origin))
+        raise OSError
+
+    module = sys.modules[keras.applications.MobileNetV2.__module__]
+    monkeypatch.setattr(module.file_utils, "get_file", get_file)
+    with pytest.raises(OSError):
+        keras.applications.MobileNetV2(include_top=False, input_shape=(224, 224, 3))
+    assert asked == [(Path(KERAS_WEIGHTS).name, KERAS_WEIGHTS)]
+
+
+def test_weights_are_downloaded_once_and_whole_into_kerass_cache(
+    keras_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = HDF5 + np.random.default_rng(0).bytes(1_000_000)
+    with server(monkeypatch, http(content)):
+        file = find_weights("mobilenet_v2", None)
+    assert file == keras_home / "models" / Path(KERAS_WEIGHTS).name
+    assert file.read_bytes() == content
+    assert find_weights("mobilenet_v2", "imagenet") == file, "with no server any more"
+    assert list((keras_home / "models").iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (http(HDF5, length=9_000_000), "IncompleteRead"),
+        (http(b"<html>Welcome to our hotel"), "no Keras file"),
+        (http(b"", status="404 Not Found"), "404"),
+        (b"", "closed connection"),
+    ],
+    ids=["cut off", "another page", "missing", "hung up"],
+)
+def test_what_is_no_whole_file_of_weights_is_not_kept(
+    answer: bytes, found: str, keras_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        server(monkeypatch, answer),
+        pytest.raises(WeightsError, match=f"could not download .*{found}.*--weights"),
+    ):
+        find_weights("mobilenet_v2", None)
+    assert not list(keras_home.rglob("*.h5"))
+
+
+def test_a_server_that_does_not_answer_is_left_after_seconds(
+    keras_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backbones.SECONDS_TO_ANSWER <= 5
+    monkeypatch.setattr(backbones, "SECONDS_TO_ANSWER", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(
+            backbones, "KERAS_WEIGHTS", f"http://127.0.0.1:{silent.getsockname()[1]}/weights.h5"
+        )
+        with pytest.raises(WeightsError, match=r"could not download .*timed out"):
+            find_weights("mobilenet_v2", None)
 
 
 # --- the flatbuffer --------------------------------------------------------------------------
