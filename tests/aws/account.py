@@ -247,6 +247,11 @@ def things(aws: Account, cluster: str = "orchard") -> list[str]:
     ]
 
 
+def changes(requests: list[Request]) -> list[str]:
+    """Return which of the requests change something, by their action."""
+    return [request.action for request in requests if request.changes_something]
+
+
 def _read(method: str, path: str, headers: dict[str, str], body: bytes) -> Request:
     scope = re.search(r"Credential=[^/]+/[^/]+/[^/]+/([^/]+)/", headers.get("Authorization", ""))
     service = scope[1] if scope else "none"
@@ -323,9 +328,21 @@ def fail(action: str, code: str = "InternalError", *, nth: int = 1) -> Rule:
     return rule
 
 
-def only(changes: int) -> Rule:
+def fail_after(event: str, action: str, code: str = "InternalError") -> Rule:
+    """Fail every request for an action once another was asked for."""
+    happened = False
+
+    def rule(request: Request) -> Answer | None:
+        nonlocal happened
+        happened |= request.action == event
+        return error(code) if happened and request.action == action else None
+
+    return rule
+
+
+def only(allowed: int) -> Rule:
     """Let so many requests that change something pass, and fail those after them."""
-    left = changes
+    left = allowed
 
     def rule(request: Request) -> Answer | None:
         nonlocal left

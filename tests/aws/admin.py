@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import weakref
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -15,7 +20,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Admin:
-    """An admin's machine: knobs, a key, and the playbooks, run as processes against the account."""
+    """An admin's machine: knobs, a key, and the playbooks, run as processes against the account.
+
+    `run` starts a command as an admin does; `play` forks it from an Ansible that was imported.
+    """
 
     def __init__(self, folder: Path, aws: Account, **knobs: object) -> None:
         self.folder = folder
@@ -43,7 +51,7 @@ class Admin:
 
     def set(self, **knobs: object) -> None:
         """Write the knobs, as an admin does with an editor."""
-        self.knobs |= knobs
+        self.knobs = self.knobs | knobs
         text = yaml.safe_dump(self.knobs)
         (self.folder / "inventory/group_vars/all.yml").write_text(text)
 
@@ -70,17 +78,48 @@ class Admin:
             timeout=1500,
         )
 
+    @cached_property
+    def _ansible(self) -> subprocess.Popen[str]:
+        """Ansible with this admin's environment, which it reads when it is imported."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.aws.preloaded"],
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+        )
+        weakref.finalize(self, _end, process)
+        return process
+
+    def try_to_play(self, playbook: str, *arguments: str) -> Play:
+        """Run a playbook, whatever becomes of it."""
+        output = self.folder / "output.txt"
+        request = {"arguments": [f"ansible/{playbook}", *arguments], "output": str(output)}
+        assert self._ansible.stdin and self._ansible.stdout
+        print(json.dumps(request), file=self._ansible.stdin, flush=True)
+        status = int(self._ansible.stdout.readline())
+        return Play(status, output.read_text())
+
     def play(self, playbook: str, *arguments: str, fails: bool = False) -> Play:
-        run = self.run("ansible-playbook", f"ansible/{playbook}", *arguments)
-        assert (run.returncode != 0) == fails, run.stdout[-6000:] + run.stderr[-3000:]
-        return Play(run.stdout + run.stderr)
+        """Run a playbook, and expect that it passes, or that it fails."""
+        play = self.try_to_play(playbook, *arguments)
+        assert (play.status != 0) == fails, play.output[-6000:]
+        return play
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
 
 
 class Play:
-    """What a playbook said."""
+    """What a playbook said, and its exit status."""
 
-    def __init__(self, output: str) -> None:
-        self.output = output
+    def __init__(self, status: int, output: str) -> None:
+        self.status, self.output = status, output
 
     @property
     def changed(self) -> int:
