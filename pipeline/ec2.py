@@ -1,6 +1,6 @@
 """What the playbooks ask of AWS where Ansible has no module: looks, and changes nothing.
 
-    python -m pipeline.ec2 look < knobs.json         the account, as the cluster's knobs want it
+    python -m pipeline.ec2 look < knobs.json         the knobs, and the account as they want it
     python -m pipeline.ec2 host-keys INSTANCE ...    SSH host keys, as the consoles printed them
     python -m pipeline.ec2 with-credentials COMMAND  run it with the credentials of this moment
 
@@ -26,6 +26,8 @@ from typing import Any
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
+
+from pipeline.knobs import mistakes
 
 SMALLEST_MEMORY_MB = 4096
 LIVE = ["pending", "running", "stopping", "stopped"]
@@ -67,6 +69,7 @@ class Account:
     things: dict[str, list[str]] = field(default_factory=dict)
     loose_volumes: list[str] = field(default_factory=list)
     subnets: list[dict[str, str]] = field(default_factory=list)
+    templates: dict[str, str] = field(default_factory=dict)
     bucket: str = "unknown"
     bucket_gb: float | None = None
 
@@ -87,8 +90,9 @@ class Look:
         self._clients: dict[str, Any] = {}
 
     def everything(self) -> Account:
-        """Ask all there is to ask; without a valid region or credentials, only that."""
-        if not self._region():
+        """Ask all there is to ask; with wrong knobs nothing, without credentials only those."""
+        self.found.problems += mistakes(self.knobs)
+        if self.found.problems or not self._region():
             return self.found
         with self._explained("sts"):
             who = self._client("sts").get_caller_identity()
@@ -105,10 +109,9 @@ class Look:
                 self._bucket_size()
         if self.knobs.get("provision"):
             self._public_key()
-            with self._explained("ec2"):
-                self._network()
-                self._types()
-                self._images()
+            for question in (self._network, self._types, self._images, self._templates):
+                with self._explained("ec2"):
+                    question()
             with self._explained("service-quotas"):
                 self._quota()
             with self._explained("iam"):
@@ -336,11 +339,22 @@ class Look:
             "smallest_gb": max((disk.get("VolumeSize", 0) for disk in disks), default=0),
         }
 
+    def _templates(self) -> None:
+        """Find how instances were described last: what the newest version says of itself."""
+        for template in self.found.things.get("launch-template", []):
+            answer = self._client("ec2").describe_launch_template_versions(
+                LaunchTemplateId=template, Versions=["$Latest"]
+            )
+            for one in answer["LaunchTemplateVersions"]:
+                self.found.templates[one["LaunchTemplateName"]] = one.get("VersionDescription", "")
+
     def _quota(self) -> None:
-        """Compare the vCPUs that will be launched with the quota, if it may be read."""
-        wanted = {self.knobs["master_type"], self.knobs["worker_type"]}
-        if wanted - self.found.types.keys():
-            return
+        """Compare the vCPUs that will be launched with the quota, if it may be read.
+
+        Of a type that does not exist, which is a problem of its own, nothing is launched.
+        """
+        vcpus = {name: kind["vcpus"] for name, kind in self.found.types.items()}
+        wanted = vcpus.keys() & {self.knobs["master_type"], self.knobs["worker_type"]}
         if other := sorted(name for name in wanted if not STANDARD.match(name)):
             self.found.notes.append(f"{', '.join(other)} has a vCPU quota of its own, not checked")
             return
@@ -350,14 +364,14 @@ class Look:
         }
         needed = {"on-demand": 0, "spot": 0}
         master, worker = self.knobs["master_type"], self.knobs["worker_type"]
-        needed["on-demand"] += (1 - there["master"]) * self.found.types[master]["vcpus"]
-        needed["spot" if self.knobs["spot"] else "on-demand"] += (
-            max(0, self.knobs["workers"] - there["worker"]) * self.found.types[worker]["vcpus"]
-        )
+        needed["on-demand"] += (1 - there["master"]) * vcpus.get(master, 0)
+        needed["spot" if self.knobs["spot"] else "on-demand"] += max(
+            0, self.knobs["workers"] - there["worker"]
+        ) * vcpus.get(worker, 0)
         used = self._vcpus_in_use()
         quotas = self._client("service-quotas")
-        for market, vcpus in needed.items():
-            if vcpus <= 0:
+        for market, more in needed.items():
+            if more <= 0:
                 continue
             try:
                 answer = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=QUOTAS[market])
@@ -365,10 +379,10 @@ class Look:
                 self.found.notes.append(f"the vCPU quota could not be read: {_reason(error)}")
                 return
             quota = answer["Quota"]["Value"]
-            if used[market] + vcpus > quota:
+            if used[market] + more > quota:
                 self._problem(
-                    f"expected a quota of {used[market] + vcpus} vCPUs for {market} instances "
-                    f"({vcpus} to launch, {used[market]} in use), found {quota:g}; ask AWS for "
+                    f"expected a quota of {used[market] + more} vCPUs for {market} instances "
+                    f"({more} to launch, {used[market]} in use), found {quota:g}; ask AWS for "
                     f"more (Service Quotas, {QUOTAS[market]}), or take fewer or smaller instances."
                 )
 
@@ -521,7 +535,10 @@ class Look:
             )
 
     def _problem(self, text: str) -> None:
-        self.found.problems.append(text[0].upper() + text[1:])
+        """Note a problem, once: a permission that is missing may be missed by several questions."""
+        problem = text[0].upper() + text[1:]
+        if problem not in self.found.problems:
+            self.found.problems.append(problem)
 
     @contextmanager
     def _explained(self, service: str) -> Iterator[None]:
