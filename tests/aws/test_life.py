@@ -11,7 +11,7 @@ import pytest
 import yaml
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
-from tests.aws.account import Account, Request, by_role, instances, tags, things
+from tests.aws.account import Account, Request, by_role, changes, instances, tags, things
 from tests.aws.admin import REPOSITORY, Admin
 
 pytestmark = pytest.mark.timeout(600)
@@ -38,7 +38,7 @@ def fields(request: Request, beginning: str) -> dict[str, str]:
 def test_a_check_of_an_empty_account_passes_and_makes_nothing(admin: Admin) -> None:
     with admin.aws.recording() as requests:
         play = admin.play("site.yml", "--check")
-    assert [request.action for request in requests if request.changes_something] == []
+    assert changes(requests) == []
     assert play.says("Nothing of this cluster is there yet")
     assert play.says("1 x t3.large and 2 x m5.large; 0.32 USD per hour")
     assert requests  # it did look
@@ -197,58 +197,34 @@ def test_a_role_may_do_what_the_job_needs_and_nothing_else(
     assert _allows(document, action, resource, tagged) == allowed
 
 
-def test_it_provisions_again_and_nothing_changes(admin: Admin) -> None:
-    with admin.aws.recording() as requests:
-        play = admin.play("provision.yml")
-    assert play.changed == 0
-    assert [request.action for request in requests if request.changes_something] == []
-
-
 def test_a_check_of_a_full_account_changes_nothing(admin: Admin) -> None:
     with admin.aws.recording() as requests:
         play = admin.play("provision.yml", "--check")
-    assert play.changed == 0
-    assert [request.action for request in requests if request.changes_something] == []
+    assert play.changed == 0  # that a run without --check changes nothing is in test_failures.py
+    assert changes(requests) == []
     assert play.says("there now: 2")
 
 
-def test_another_cluster_of_the_same_name_is_not_taken_over(admin: Admin) -> None:
-    admin.set(cluster_bucket="somebody-elses-bucket")
-    try:
-        with admin.aws.recording() as requests:
-            play = admin.play("provision.yml", fails=True)
-    finally:
-        admin.set(cluster_bucket="orchard-bucket")
-    assert play.says("found 3 that have another: somebody else's cluster has this name")
-    assert [request.action for request in requests if request.changes_something] == []
-
-
 def test_the_inventory_gives_what_a_static_one_gives(admin: Admin) -> None:
-    listing = json.loads(admin.run("ansible-inventory", "--list").stdout)
-    groups = {name: listing[name]["hosts"] for name in ("master", "workers")}
-    assert len(groups["master"]) == 1
-    assert len(groups["workers"]) == 2
-    found = {one["InstanceId"]: one for one in instances(admin.aws)}
-    for name in [*groups["master"], *groups["workers"]]:
-        role, _, instance = name.partition("-")
-        assert tags(found[instance])["Role"] == role
-        variables = listing["_meta"]["hostvars"][name]
-        assert variables["cluster_bucket"] == "orchard-bucket"
+    found = {f"{tags(one)['Role']}-{one['InstanceId']}": one for one in instances(admin.aws)}
+    names = {
+        "master": sorted(name for name in found if name.startswith("master-")),
+        "workers": sorted(name for name in found if name.startswith("worker-")),
+    }
+    assert [len(names["master"]), len(names["workers"])] == [1, 2]
 
     # The hosts and variables by which configure.yml works are those of a static inventory.
     static = admin.folder / "inventory/hosts.yml"
     hosts = {
-        group: {
-            "hosts": {
-                name: {"ansible_host": found[name.partition("-")[2]]["PublicIpAddress"]}
-                for name in names
-            }
-        }
-        for group, names in groups.items()
+        group: {"hosts": {name: {"ansible_host": found[name]["PublicIpAddress"]} for name in here}}
+        for group, here in names.items()
     }
     content = {"all": {"vars": {"ansible_user": "admin"}, "children": hosts}}
     static.write_text(yaml.safe_dump(content))
-    same = {}
+    shown = [
+        f"{names['master']} {names['workers']} admin {one['PublicIpAddress']} orchard-bucket"
+        for one in found.values()
+    ]
     for inventory in ("aws_ec2.yml", "hosts.yml"):
         show = (
             "{{ groups.master }} {{ groups.workers | sort }} {{ ansible_user }} {{ ansible_host }}"
@@ -258,10 +234,8 @@ def test_the_inventory_gives_what_a_static_one_gives(admin: Admin) -> None:
             *("-m", "ansible.builtin.debug", "-a", f"msg='{show} {{{{ cluster_bucket }}}}'"),
         )
         assert run.returncode == 0, run.stderr
-        same[inventory] = sorted(re.findall(r"\[.master-.*orchard-bucket", run.stdout))
+        assert sorted(re.findall(r"\[.master-.*orchard-bucket", run.stdout)) == sorted(shown)
     static.unlink()
-    assert same["aws_ec2.yml"] == same["hosts.yml"]
-    assert len(same["hosts.yml"]) == 3
 
 
 # --- the verbs -----------------------------------------------------------------------------------
@@ -270,7 +244,7 @@ def test_the_inventory_gives_what_a_static_one_gives(admin: Admin) -> None:
 def test_the_status_names_instances_hours_and_costs(admin: Admin) -> None:
     with admin.aws.recording() as requests:
         play = admin.play("status.yml")
-    assert [request.action for request in requests if request.changes_something] == []
+    assert changes(requests) == []
     for one in instances(admin.aws):
         assert play.says(one["InstanceId"])
         assert play.says(one["PublicIpAddress"])
@@ -311,9 +285,8 @@ def test_it_shrinks_after_a_drain_and_keeps_the_oldest_and_the_master(admin: Adm
     assert len(set(asked)) == 4
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "many"])
-def test_it_does_not_shrink_to_nothing(admin: Admin, number: str) -> None:
-    play = admin.play("scale.yml", "-e", f"workers={number}", fails=True)
+def test_it_does_not_shrink_to_nothing(admin: Admin) -> None:
+    play = admin.play("scale.yml", "-e", "workers=0", fails=True)
     assert play.says("Expected -e workers=N with 1 or more")
     assert by_role(admin.aws) == {"master": 1, "worker": 2}
 
@@ -378,11 +351,8 @@ def test_it_uploads_and_a_second_run_has_nothing_to_send(admin: Admin) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "said", [[], ["-e", "destroy=fruits"], ["-e", "destroy=orchard", "-e", "bucket=x"]]
-)
-def test_it_is_destroyed_by_its_name_only(admin: Admin, said: list[str]) -> None:
-    play = admin.play("destroy.yml", *said, fails=True)
+def test_it_is_destroyed_by_its_name_only(admin: Admin) -> None:
+    play = admin.play("destroy.yml", "-e", "destroy=orchard", "-e", "bucket=x", fails=True)
     assert play.says("Expected -e destroy=orchard")
     assert by_role(admin.aws) == {"master": 1, "worker": 2}
 
@@ -403,7 +373,7 @@ def test_destroyed_again_it_finds_nothing_and_the_bucket_goes_when_named(admin: 
     with admin.aws.recording() as requests:
         again = admin.play("destroy.yml", "-e", "destroy=orchard", "-e", "bucket=orchard-bucket")
     assert again.changed == 0
-    assert [request.action for request in requests if request.changes_something] == []
+    assert changes(requests) == []
 
 
 def test_the_admins_policy_allows_all_that_was_asked(admin: Admin) -> None:
