@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,11 @@ from hypothesis import settings
 from xdist.remote import Producer
 
 from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
+from pipeline.cli import main
+from pipeline.console import err, out
 from pipeline.demo import unpack, weights_file
 from pipeline.laptop import Loopback, loopback_cluster
 from pipeline.sample import render_sample
-from pipeline.session import make_session
 from pipeline.storage import Address, BucketStore
 from tests.suites import Meter, Scheduling, Suites
 
@@ -50,14 +54,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A real master, two real workers and a real S3 server on loopback."""
     with loopback_cluster(tmp_path_factory.mktemp("clusters")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def spark(cluster: Loopback) -> Iterator[object]:
-    """An application on the cluster, for the tests of one file; it holds all cores meanwhile."""
-    session = make_session("tests", log=cluster.conf.parent / "driver.log")
-    yield session
-    session.stop()
 
 
 @pytest.fixture
@@ -126,3 +122,33 @@ def run_fruits(
 def fruits(tmp_path: Path) -> Fruits:
     """The command `fruits` in a folder of the test's own."""
     return partial(run_fruits, tmp_path)
+
+
+@pytest.fixture
+def fruits_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fruits:
+    """The same command in this very process, for what takes no process of its own to show."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        given = ["fruits", *map(str, arguments)]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        with (
+            monkeypatch.context() as patch,
+            redirect_stdout(StringIO()) as told,
+            redirect_stderr(StringIO()) as mistakes,
+        ):
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", given)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            for console in (out, err):
+                patch.setattr(console, "width", 200)
+            try:
+                main()
+                status = 0
+            except SystemExit as end:
+                status = int(end.code or 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return subprocess.CompletedProcess(given, status, told.getvalue(), mistakes.getvalue())
+
+    return run

@@ -61,50 +61,42 @@ def test_real_photos_and_weights_give_a_matrix_that_tells_varieties_apart(
     assert_nothing_is_left(tmp_path)
 
 
-def test_without_images_and_weights_a_sample_and_the_installed_network_do_and_it_is_said(
-    fruits: Fruits, tmp_path: Path
-) -> None:
-    done = fruits("demo", KERAS_HOME=str(tmp_path / "keras"), **OFFLINE)
-    assert done.returncode == 0, done.stderr
-    assert "a rendered sample" in done.stdout
-    assert "EfficientNet-Lite0 takes its place" in done.stdout
-    assert "efficientnet_lite0-224" in done.stdout
-    assert "240 listed, 0 quarantined" in done.stdout
-    assert_nothing_is_left(tmp_path)
-
-
-def test_a_folder_that_is_no_result_is_never_replaced(fruits: Fruits, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_result_is_never_replaced(fruits_here: Fruits, tmp_path: Path) -> None:
     target = tmp_path / "holidays"
     target.mkdir()
     (target / "beach.jpg").write_text("x")
-    done = fruits("demo", "--output", target, **OFFLINE)
+    done = fruits_here("demo", "--output", target, **OFFLINE)
     assert done.returncode == 1
     assert "something else (beach.jpg), which would be lost" in done.stderr
     assert (target / "beach.jpg").exists()
 
 
-def test_kept_up_it_shows_its_pages_and_ends_without_a_trace(
-    tmp_path: Path, fruit_pictures: Path
+def test_without_images_and_weights_others_do_and_kept_up_it_shows_its_pages(
+    tmp_path: Path,
 ) -> None:
     command = [Path(sys.executable).with_name("fruits"), "demo", "--keep"]
-    options = ["--images", fruit_pictures, "--backbone", "efficientnet_lite0"]
     with subprocess.Popen(
-        [*command, *options],
+        command,
         cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "200"} | OFFLINE,
+        env=os.environ | {"COLUMNS": "200", "KERAS_HOME": str(tmp_path / "keras")} | OFFLINE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         preexec_fn=heed_interrupts,
     ) as demo:
         assert demo.stdout is not None
-        pages = {}
+        told, pages = "", {}
         for line in demo.stdout:
+            told += line
             if "http://127.0.0.1:" in line:
                 name, _, page = line.strip().rpartition(" ")
                 pages[name.strip()] = page
             if "In another terminal" in line:
                 break
+        assert "a rendered sample" in told
+        assert "EfficientNet-Lite0 takes its place" in told
+        assert "efficientnet_lite0-224" in told
+        assert "240 listed, 0 quarantined" in told
         assert pages.keys() == {"master", "worker 1", "worker 2", "application"}
         for page in pages.values():
             with urllib.request.urlopen(page, timeout=120) as answer:

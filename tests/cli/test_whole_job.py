@@ -1,215 +1,22 @@
-"""The command `fruits` as a process on the loopback cluster: pictures to matrix, and again."""
+"""The command `fruits` as processes on a cluster: one that is killed, and the next ones."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
-import pyarrow.parquet as pq
-import pytest
 
 from pipeline.laptop import Loopback
 from tests.conftest import Fruits
-from tests.corpus import bad_images
 from tests.waiting import SECONDS
 
 SMALL = ("--backbone", "efficientnet_lite0", "--input-size", "96")
-
-
-def run_json(output: Path) -> dict:
-    return json.loads((output / "run.json").read_text())
-
-
-def scores(output: Path) -> tuple[list[str], np.ndarray]:
-    with (output / "matrix.csv").open(newline="") as content:
-        rows = sorted(csv.reader(content))
-    return [row[0] for row in rows[:-1]], np.array([row[2:] for row in rows[:-1]], float)
-
-
-def assert_same_matrix(one: Path, other: Path) -> None:
-    (paths, first), (same_paths, second) = scores(one), scores(other)
-    assert paths == same_paths
-    np.testing.assert_allclose(first, second, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def pictures(fruit_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("job") / "pictures"
-    shutil.copytree(fruit_pictures, folder)
-    for key, (content, _) in bad_images().items():
-        (folder / key).parent.mkdir(exist_ok=True)
-        (folder / key).write_bytes(content)
-    (folder / "readme.txt").write_text("not an image")
-    first = min(folder.iterdir())
-    first.rename(folder / f" {first.name} ")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def output(pictures: Path) -> Path:
-    return pictures.parent / "output"
-
-
-def test_the_whole_job_writes_all_that_it_promises(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    done = fruits("run", pictures, output, *SMALL, "--components", 5)
-    assert done.returncode == 0, done.stderr
-    assert "52 listed, 4 quarantined" in done.stdout
-
-    run = run_json(output)
-    counts = run["counts"]
-    assert counts["listed"] == counts["features"] + counts["quarantined"] == 52
-    assert (counts["computed"], counts["ignored"], len(run["labels"])) == (52, 1, 12)
-    assert run["pca"]["k"] == 5
-
-    names = ["path", "label", *(f"pc_{n}" for n in range(1, 6))]
-    with (output / "matrix.csv").open(newline="") as content:
-        rows = list(csv.DictReader(content))
-    assert list(rows[0]) == names
-    table = pq.read_table(output / "matrix.parquet").sort_by("path")
-    assert table.column_names == names
-    for name in names[:2]:
-        assert [row[name] or None for row in rows] == table[name].to_pylist()
-    for name in names[2:]:
-        np.testing.assert_array_equal([float(row[name]) for row in rows], table[name].to_numpy())
-
-    with (output / "quarantine.csv").open(newline="") as content:
-        assert {row["path"] for row in csv.DictReader(content)} == bad_images().keys()
-    with (output / "explained_variance.csv").open(newline="") as content:
-        variance = list(csv.DictReader(content))
-    assert sum(row["kept"] == "True" for row in variance) == 5
-    assert float(variance[-1]["cumulative"]) == pytest.approx(1)
-    assert "<svg" in (output / "report.html").read_text()
-    assert {file.name for file in (output / "model").iterdir()} == {
-        "pca.npz", "state.json", "state.npz",
-    }  # fmt: skip
-    assert not (output / "_next").exists()
-
-
-def test_a_rerun_with_nothing_new_starts_no_spark(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    before = (output / "matrix.csv").stat().st_mtime_ns
-    done = fruits("run", pictures, output, *SMALL, "--components", 5)
-    assert done.returncode == 0, done.stderr
-    run = run_json(output)
-    assert (run["counts"]["computed"], run["counts"]["reused"]) == (0, 52)
-    assert "spark" not in run["timings"]
-    assert "features" in run["made"]["timings"]
-    assert (run["made"]["computed"], run["largest_pass"]["images"]) == (52, 52)
-    assert (output / "matrix.csv").stat().st_mtime_ns == before
-
-
-def test_a_grown_folder_costs_its_own_part_and_equals_a_run_from_scratch(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    for file in sorted((pictures / "Lemon").glob("*.jpg"))[:3]:
-        shutil.copy(file, pictures / "Banana" / f"new-{file.name}")
-    done = fruits("run", pictures, output, *SMALL)
-    assert done.returncode == 0, done.stderr
-    run = run_json(output)
-    assert (run["counts"]["computed"], run["counts"]["reused"]) == (3, 52)
-    assert (run["pca"]["fit"], run["pca"]["rows_read"]) == ("grown", 3)
-    assert (run["made"]["computed"], run["largest_pass"]["images"]) == (3, 52)
-
-    scratch = output.with_name("scratch")
-    assert fruits("run", pictures, scratch, *SMALL).returncode == 0
-    assert run_json(scratch)["pca"]["fit"] == "full"
-    assert_same_matrix(output, scratch)
-
-
-def test_an_image_that_is_gone_leaves_the_result(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    gone = next((pictures / "Orange").glob("*.jpg"))
-    gone.unlink()
-    done = fruits("run", pictures, output, *SMALL, "--standardize")
-    assert done.returncode == 0, done.stderr
-    run = run_json(output)
-    assert (run["counts"]["dropped"], run["pca"]["standardize"]) == (1, True)
-    assert str(gone.relative_to(pictures)) not in scores(output)[0]
-
-
-def test_a_result_older_than_the_features_is_made_anew(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    new = pictures / "Plum" / "late.jpg"
-    shutil.copy(next((pictures / "Lemon").glob("*.jpg")), new)
-    assert fruits("features", pictures, output, *SMALL).returncode == 0
-    assert "late.jpg" not in (output / "matrix.csv").read_text()
-    done = fruits("run", pictures, output, *SMALL, "--standardize")
-    assert done.returncode == 0, done.stderr
-    assert run_json(output)["counts"]["computed"] == 0
-    assert str(new.relative_to(pictures)) in scores(output)[0]
-
-
-def test_features_and_pca_apart_give_the_matrix_of_run(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    apart = output.with_name("apart")
-    done = fruits("features", pictures, apart, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert "Next: fruits pca" in done.stdout
-    done = fruits("pca", apart, "--standardize")
-    assert done.returncode == 0, done.stderr
-    assert_same_matrix(apart, output)
-    assert run_json(apart)["largest_pass"]["images"] == 55
-
-
-def test_more_components_than_images_are_refused_before_anything_is_read(
-    fruits: Fruits, pictures: Path, tmp_path: Path
-) -> None:
-    done = fruits("run", pictures, tmp_path / "output", *SMALL, "--components", 500)
-    assert done.returncode == 1
-    assert re.search(r"expected 1 to 54 components \(55 images with 1,280 features", done.stderr)
-    assert not (tmp_path / "output").exists()
-
-
-def test_more_components_than_the_rank_is_an_error_and_the_result_stays(
-    cluster: Loopback, fruits: Fruits, output: Path
-) -> None:
-    before = (output / "run.json").read_text()
-    done = fruits("pca", output, "--components", 1000)
-    assert done.returncode == 1
-    assert "expected 1 to" in done.stderr
-    assert (output / "run.json").read_text() == before
-
-
-def test_a_damaged_state_is_told_and_force_fits_anew(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    state = output / "model" / "state.npz"
-    state.write_bytes(state.read_bytes()[:-100])
-    done = fruits("run", pictures, output, *SMALL)
-    assert done.returncode == 1
-    assert "sha256" in done.stderr
-    assert "--force" in done.stderr
-    done = fruits("run", pictures, output, *SMALL, "--force")
-    assert done.returncode == 0, done.stderr
-    assert run_json(output)["pca"]["fit"] == "full"
-
-
-def test_a_run_that_died_among_its_last_steps_is_made_good_by_the_same_command(
-    cluster: Loopback, fruits: Fruits, pictures: Path, output: Path
-) -> None:
-    (output / "run.json").unlink()
-    (output / "model" / "state.npz").unlink()
-    done = fruits("run", pictures, output, *SMALL)
-    assert done.returncode == 0, done.stderr
-    run = run_json(output)
-    assert (run["counts"]["computed"], run["pca"]["fit"]) == (0, "full")
-
 
 SMALL_BATCHES = """
 import sys
@@ -220,7 +27,7 @@ main()
 """
 
 
-def test_a_killed_driver_loses_one_batch_at_most(
+def test_a_killed_driver_loses_one_batch_at_most_and_the_same_job_goes_on(
     cluster: Loopback, fruits: Fruits, fruit_pictures: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
@@ -237,8 +44,13 @@ def test_a_killed_driver_loses_one_batch_at_most(
     committed = len(list(output.glob("features/*/batches/*/_SUCCESS")))
     assert 1 <= committed < 3
 
-    done = fruits("features", fruit_pictures, output, *SMALL)
+    done = fruits("run", fruit_pictures, output, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert f"48 features and 0 quarantined of 48 images; {48 - 16 * committed} computed" in (
-        done.stdout
-    )
+    assert "48 listed, 0 quarantined" in done.stdout
+    assert f"{48 - 16 * committed} computed, {16 * committed} reused" in done.stdout
+    assert "spark" in json.loads((output / "run.json").read_text())["timings"]
+
+    done = fruits("run", fruit_pictures, output, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "0 computed, 48 reused" in done.stdout
+    assert "spark" not in json.loads((output / "run.json").read_text())["timings"]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -108,31 +110,36 @@ with loopback_cluster(Path(sys.argv[1])) as cluster:
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
-def test_however_the_starter_ends_no_process_is_left_and_the_next_start_clears_up(
-    tmp_path: Path, end: signal.Signals
-) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", STARTER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as starter:
-        assert starter.stdout is not None
-        folder = Path(starter.stdout.readline().strip())
-        assert len(processes_of(folder)) >= 8  # 4 servers, each under its guard
-        starter.send_signal(end)
+@contextmanager
+def starter_in(base: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that has a cluster below a folder and waits for its end."""
+    command = [sys.executable, "-c", STARTER, str(base)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
         try:
-            starter.wait(SECONDS)
+            yield starter
         finally:
             starter.kill()
-    assert eventually(lambda: not processes_of(folder)), processes_of(folder)
-
-    with loopback_cluster(tmp_path, with_s3=False) as second:
-        assert not folder.exists()
-        assert second.conf.parent.exists()
-    assert not list(tmp_path.glob("cluster-*"))
 
 
-def test_two_clusters_run_side_by_side(cluster: Loopback, tmp_path: Path) -> None:
+def test_however_the_starter_ends_no_process_is_left_and_the_next_start_clears_up(
+    cluster: Loopback, tmp_path: Path
+) -> None:
+    folders = []
+    for end in (signal.SIGKILL, signal.SIGINT, signal.SIGHUP):
+        with starter_in(tmp_path) as starter:
+            assert starter.stdout is not None
+            folder = Path(starter.stdout.readline().strip())
+            assert len(processes_of(folder)) >= 8  # 4 servers, each under its guard
+            starter.send_signal(end)
+            starter.wait(SECONDS)
+        assert eventually(lambda folder=folder: not processes_of(folder)), processes_of(folder)
+        folders.append(folder)
+
+    # It also runs beside another.
     with loopback_cluster(tmp_path) as other:
+        assert not [folder for folder in folders if folder.exists()]
+        assert other.conf.parent.exists()
         assert other.master != cluster.master
         assert other.s3.endpoint != cluster.s3.endpoint
         assert other.s3.secret_key != cluster.s3.secret_key
+    assert not list(tmp_path.glob("cluster-*"))
