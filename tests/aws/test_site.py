@@ -16,10 +16,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pipeline.storage import Address, BucketStore
 from tests.aws.account import Account, Request, account, by_role, instances, tags, things
 from tests.aws.admin import Admin
 from tests.hosts.cluster import hosts_of, on, recap
 from tests.hosts.rehearsal import BUCKET, SLOTS, SMALL_HOSTS, Rehearsal
+from tests.hosts.snapshots import PACKS
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -98,6 +100,7 @@ def admin(
         cluster_s3_secret_key=s3.secret_key,
         cluster_s3_history_access_key=s3.access_key,
         cluster_s3_history_secret_key=s3.secret_key,
+        cluster_packs_in_bucket=False,  # tests/hosts have left them here
         ec2_idle_hours=3,
         **SMALL_HOSTS,
     )
@@ -158,8 +161,16 @@ def test_the_master_watches_for_idle_hours_and_tells_so_at_login(
     assert "This cluster stops itself after 3.0 hours" in login.stdout
 
 
-def test_it_grows_by_a_worker(admin: Admin, hardware: Hardware) -> None:
-    play = admin.play("scale.yml", "-e", "workers=3")
+def test_it_grows_by_a_worker_that_fetches_its_environment_from_the_bucket(
+    admin: Admin, hardware: Hardware, cluster_hosts: Rehearsal
+) -> None:
+    bucket = BucketStore(Address(BUCKET, "packs"), cluster_hosts.s3)
+    for pack in PACKS.glob("*-worker-*.tar.zst"):
+        bucket.upload(pack.name, pack)
+    in_bucket = ("-e", "cluster_packs_in_bucket=true")
+    play = admin.play("scale.yml", "-e", "workers=3", *in_bucket)
+    assert play.says("Unpack it as it comes, if its sum is right")
+    assert not play.says("Install the locked packages")
     assert by_role(admin.aws) == {"master": 1, "worker": 3}
     # Those that were there let the new one in; nothing else of them changes.
     new = worker(admin, hardware, "worker3")

@@ -33,11 +33,13 @@ COMPONENTS = 8
 
 
 @contextmanager
-def hosts_of(folder: Path, *, tag: str, subnet: str) -> Iterator[Rehearsal]:
+def hosts_of(
+    folder: Path, *, tag: str, subnet: str, suite: str = "bookworm"
+) -> Iterator[Rehearsal]:
     """Give hosts a folder and addresses of their own; see that nothing of them is left."""
     if reason := unfit():
         pytest.skip(f"needs hosts of its own: {reason}")
-    machines = Machines(folder / "hosts", tag=tag, subnet=subnet)
+    machines = Machines(folder / "hosts", tag=tag, subnet=subnet, suite=suite)
     with Rehearsal(folder, machines) as rehearsal:
         yield rehearsal
     assert machines.leftovers() == []
