@@ -56,12 +56,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
         yield running
 
 
-@pytest.fixture
-def bucket(cluster: Loopback) -> BucketStore:
-    """A new, empty bucket."""
+def new_bucket(cluster: Loopback) -> BucketStore:
+    """Make a bucket on the cluster's S3."""
     store = BucketStore(Address(f"test-{uuid.uuid4().hex[:12]}", ""), cluster.s3)
     store.create_bucket()
     return store
+
+
+@pytest.fixture
+def bucket(cluster: Loopback) -> BucketStore:
+    """A new, empty bucket."""
+    return new_bucket(cluster)
 
 
 @pytest.fixture(scope="session")

@@ -51,17 +51,22 @@ def test_without_workers_or_a_cluster_it_is_told(monkeypatch: pytest.MonkeyPatch
         connect()
 
 
-# Two jobs, with a pause between them in which the executors have nothing to do.
-ANALYST = """
+CONNECT = """
 import sys, time
 import pipeline.notebook as notebook
 notebook.GIVE_BACK["spark.dynamicAllocation.executorIdleTimeout"] = "3s"
-spark = notebook.connect(name=sys.argv[1])
+spark = notebook.connect(name={name!r})
 def slow(number):
     time.sleep(0.5)
     return number
-for _ in range(2):
-    assert spark.sparkContext.parallelize(range(60), 60).map(slow).sum() == 1770
+def work(tasks):
+    assert spark.sparkContext.parallelize(range(tasks), tasks).map(slow).sum() == sum(range(tasks))
+"""
+
+# Two jobs, with a pause between them in which the executors have nothing to do.
+TWO_JOBS = """
+for tasks in (60, 4):
+    work(tasks)
     print("done", flush=True)
     sys.stdin.readline()
 """
@@ -70,7 +75,7 @@ for _ in range(2):
 @contextmanager
 def analyst(name: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-c", ANALYST, name],
+        [sys.executable, "-c", CONNECT.format(name=name) + TWO_JOBS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -88,39 +93,6 @@ def cores_of(cluster: Loopback) -> dict[str, int]:
     return {application["name"]: application["cores"] for application in applications}
 
 
-def test_two_notebooks_run_at_once_and_one_left_open_holds_no_core(cluster: Loopback) -> None:
-    def both_have(cores: int) -> bool:
-        return cores_of(cluster).items() >= {"anne": cores, "bob": cores}.items()
-
-    with analyst("anne") as anne, analyst("bob") as bob:
-        assert eventually(lambda: both_have(1)), cores_of(cluster)
-        for one in (anne, bob):
-            assert one.stdin
-            assert one.stdout
-            while "done" not in (line := one.stdout.readline()):
-                assert line, "ended without a word"
-        assert eventually(lambda: both_have(0)), cores_of(cluster)
-        assert bob.stdin
-        bob.stdin.write("go on\n")
-        bob.stdin.flush()
-        assert bob.stdout
-        assert "done" in bob.stdout.readline()
-        for one in (anne, bob):
-            one.kill()
-
-
-@pytest.fixture
-def kernel(cluster: Loopback) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(env=os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"})
-    client = manager.client()
-    client.start_channels()
-    client.wait_for_ready(timeout=300)
-    yield manager, client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-
-
 def answer(client: BlockingKernelClient, message: str, seconds: float = 300) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -131,6 +103,44 @@ def answer(client: BlockingKernelClient, message: str, seconds: float = 300) -> 
         if reply["parent_header"].get("msg_id") == message:
             return dict(reply["content"])
     raise AssertionError(f"no answer within {seconds:.0f} s")
+
+
+@pytest.fixture(scope="module")
+def anne(cluster: Loopback) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    """A notebook that has connected itself."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env=os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=300)
+    begun = answer(client, client.execute(CONNECT.format(name="anne")))
+    assert begun["status"] == "ok", begun
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_two_notebooks_run_at_once_and_one_left_open_holds_no_core(
+    cluster: Loopback, anne: tuple[KernelManager, BlockingKernelClient]
+) -> None:
+    def both_have(cores: int) -> bool:
+        return cores_of(cluster).items() >= {"anne": cores, "bob": cores}.items()
+
+    _, client = anne
+    with analyst("bob") as bob:
+        assert eventually(lambda: cores_of(cluster).get("bob") == 1), cores_of(cluster)
+        running = client.execute("work(20)")
+        assert eventually(lambda: both_have(1)), cores_of(cluster)
+        assert answer(client, running)["status"] == "ok"
+        assert bob.stdin
+        assert bob.stdout
+        while "done" not in (line := bob.stdout.readline()):
+            assert line, "ended without a word"
+        assert eventually(lambda: both_have(0)), cores_of(cluster)
+        bob.stdin.write("go on\n")
+        bob.stdin.flush()
+        assert "done" in bob.stdout.readline()
+        bob.kill()
 
 
 # An interrupted Py4J has the JVM close all connections, and may lose the next one that it makes,
@@ -147,16 +157,14 @@ for _ in range(20):
 
 
 def test_an_interrupted_cell_ends_its_job_and_the_next_one_runs(
-    cluster: Loopback, kernel: tuple[KernelManager, BlockingKernelClient]
+    cluster: Loopback, anne: tuple[KernelManager, BlockingKernelClient]
 ) -> None:
-    manager, client = kernel
-    begin = "from pipeline.notebook import connect; import time; spark = connect()"
-    assert answer(client, client.execute(begin))["status"] == "ok"
+    manager, client = anne
     assert answer(client, client.execute(OTHER_CONNECTIONS))["status"] == "ok"
     slow = "spark.sparkContext.parallelize(range(4), 4).map(lambda n: time.sleep(100)).count()"
     running = client.execute(slow)
     # Executors come when a job asks for them: one that has a core tells that it runs.
-    assert eventually(lambda: cores_of(cluster).get("notebook") == 1), cores_of(cluster)
+    assert eventually(lambda: cores_of(cluster).get("anne") == 1), cores_of(cluster)
     manager.interrupt_kernel()
     stopped = answer(client, running)
     assert stopped["status"] == "error"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +18,16 @@ from pipeline.features import (
     READ,
     FeatureTable,
     Pass,
+    Progress,
     as_lists,
     compute_features,
     models_in,
     nothing_to_compute,
 )
 from pipeline.images import list_images
+from pipeline.laptop import Loopback
 from pipeline.storage import Address, BucketStore, ImageReader, open_store
+from tests.conftest import new_bucket
 from tests.corpus import bad_images, encoded, good_images, picture
 from tests.waiting import eventually
 
@@ -52,6 +56,25 @@ class Place:
         return {row["path"]: np.frombuffer(row["features"], np.float32) for row in rows}
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """A pass over images of every kind, good and bad, and what it told on its way."""
+
+    place: Place
+    done: Pass
+    told: list[Progress]
+
+
+@pytest.fixture(scope="module")
+def corpus(spark: object, cluster: Loopback, small_network: tuple[Model, bytes]) -> Corpus:
+    place = Place(spark, new_bucket(cluster), small_network)
+    put(place, good_images() | {key: content for key, (content, _) in bad_images().items()})
+    place.images.write("folder marker.jpg/", b"")
+    place.images.write("notes.txt", b"not listed")
+    told: list[Progress] = []
+    return Corpus(place, place.run(on_progress=told.append), told)
+
+
 @pytest.fixture
 def place(spark: object, bucket: BucketStore, small_network: tuple[Model, bytes]) -> Place:
     return Place(spark, bucket, small_network)
@@ -71,43 +94,56 @@ def outcomes(done: Pass) -> dict[str, tuple[str | None, str | None]]:
     return {row["path"]: (row["stage"], row["reason"]) for row in rows}
 
 
-def test_every_image_listed_ends_in_features_or_in_quarantine_with_a_reason(place: Place) -> None:
+def test_every_image_listed_ends_in_features_or_in_quarantine_with_a_reason(corpus: Corpus) -> None:
     good, bad = good_images(), bad_images()
-    put(place, good | {key: content for key, (content, _) in bad.items()})
-    place.images.write("folder marker.jpg/", b"")
-    place.images.write("notes.txt", b"not listed")
-
-    told: list[tuple[int, int, int]] = []
-    done = place.run(on_progress=lambda p: told.append((p.done, p.total, p.quarantined)))
-
-    found = outcomes(done)
+    found = outcomes(corpus.done)
     assert found.keys() == good.keys() | bad.keys()
     assert {key for key, (stage, _) in found.items() if stage} == bad.keys()
     for key, (_, word) in bad.items():
         stage, reason = found[key]
         assert (stage, word in str(reason)) == (DECODE, True), f"{key}: {reason}"
-    assert place.rows(done).keys() == good.keys()
-    assert told[-1] == (len(found), len(found), len(bad))
+    assert corpus.place.rows(corpus.done).keys() == good.keys()
+    assert corpus.told[-1] == Progress(len(found), len(found), len(bad))
 
 
-def test_features_are_those_of_the_network_called_by_hand(place: Place) -> None:
-    images = {f"a/{n}.jpg": jpeg(n) for n in range(5)}
-    put(place, images)
-    rows = place.rows(place.run())
+def test_features_are_those_of_the_network_called_by_hand(corpus: Corpus) -> None:
+    place = corpus.place
+    rows = place.rows(corpus.done)
     network = load_network(place.flatbuffer)
-    for key, content in images.items():
+    for key, content in good_images().items():
         expected = network(decode(content, place.model.input_size))
         np.testing.assert_array_equal(rows[key], expected)
 
 
-def test_features_become_lists_for_spark_ml(place: Place) -> None:
-    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(3)})
-    done = place.run()
-    rows = as_lists(place.table.rows(place.spark, done.index)).collect()
-    expected = place.rows(done)
+def test_features_become_lists_for_spark_ml(corpus: Corpus) -> None:
+    place = corpus.place
+    rows = as_lists(place.table.rows(place.spark, corpus.done.index)).collect()
+    expected = place.rows(corpus.done)
     assert {row["path"] for row in rows} == expected.keys()
     for row in rows:
         np.testing.assert_array_equal(np.array(row["features"], np.float32), expected[row["path"]])
+
+
+def test_the_tasks_run_on_both_workers(corpus: Corpus) -> None:
+    tracker = corpus.place.spark.sparkContext._jsc.sc().statusTracker()  # type: ignore[attr-defined]
+    # The driver and one executor on each worker; one that was lost is replaced.
+    assert eventually(lambda: len(tracker.getExecutorInfos()) == 1 + 2)
+
+
+def test_a_folder_on_this_machine_gives_the_same_features_as_s3(
+    corpus: Corpus, place: Place, tmp_path: Path
+) -> None:
+    for key, content in good_images().items():
+        file = tmp_path / key
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+    folder = open_store(Address.parse(str(tmp_path)), place.reader.s3)
+    place.reader = ImageReader(folder.address, place.reader.s3)
+    from_folder = place.rows(place.run(list_images(folder).images))
+    from_s3 = corpus.place.rows(corpus.done)
+    assert from_s3.keys() == from_folder.keys()
+    for path, features in from_s3.items():
+        np.testing.assert_array_equal(features, from_folder[path])
 
 
 def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken_next_time(
@@ -130,7 +166,7 @@ def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken
     assert set(outcomes(again).values()) == {(None, None)}
 
 
-def test_a_rerun_computes_only_new_and_changed_images_and_drops_those_that_are_gone(
+def test_a_rerun_computes_what_is_new_changed_or_not_proven_and_drops_those_that_are_gone(
     place: Place,
 ) -> None:
     put(place, {f"a/{n}.jpg": jpeg(n) for n in range(6)})
@@ -154,42 +190,13 @@ def test_a_rerun_computes_only_new_and_changed_images_and_drops_those_that_are_g
         np.testing.assert_array_equal(np.frombuffer(grown.pop(path), np.float32), features)
     assert not grown
 
-
-def test_a_batch_counts_only_once_its_commit_is_proven(place: Place) -> None:
-    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(3)})
-    place.run()
+    # A batch counts only once its commit is proven.
     (batch,) = place.table.committed_batches()
-    proof = place.output.read(f"{place.table.root}/batches/{batch}/_SUCCESS")
-    assert json.loads(proof or b"{}")["committer"] == "magic"
-
-    place.output.delete(f"{place.table.root}/batches/{batch}/_SUCCESS")
+    proof = f"{place.table.root}/batches/{batch}/_SUCCESS"
+    assert json.loads(scratch.read(proof) or b"{}")["committer"] == "magic"
+    scratch.delete(proof)
     assert place.table.committed_batches() == []
-    assert place.run().computed == 3
-
-
-def test_the_tasks_run_on_both_workers(place: Place) -> None:
-    put(place, {f"a/{n}.jpg": jpeg(n % 30) for n in range(60)})
-    place.run()
-    tracker = place.spark.sparkContext._jsc.sc().statusTracker()  # type: ignore[attr-defined]
-    # The driver and one executor on each worker; one that was lost is replaced.
-    assert eventually(lambda: len(tracker.getExecutorInfos()) == 1 + 2)
-
-
-def test_a_folder_on_this_machine_gives_the_same_features_as_s3(
-    place: Place, fruit_pictures: object
-) -> None:
-    folder = open_store(Address.parse(str(fruit_pictures)), place.reader.s3)
-    for entry in folder.list():
-        place.images.write(entry.key, folder.read(entry.key) or b"")
-    from_s3 = place.rows(place.run())
-    place.table = FeatureTable(
-        open_store(place.output.address / "other", place.reader.s3), place.model
-    )
-    place.reader = ImageReader(folder.address, place.reader.s3)
-    from_folder = place.rows(place.run(list_images(folder).images))
-    assert from_s3.keys() == from_folder.keys()
-    for path, features in from_s3.items():
-        np.testing.assert_array_equal(features, from_folder[path])
+    assert place.run().computed == 8
 
 
 def test_a_table_of_another_model_is_refused(place: Place) -> None:
