@@ -40,7 +40,10 @@ class Scheduling(LoadScopeScheduling):
 
 
 class Meter:
-    """Measures, where tests run, what each suite costs: processor time, also of its processes."""
+    """Measures, where tests run, what each suite costs: processor time, also of its processes.
+
+    It is the least that was used: executors that outlive their worker for a moment are not seen.
+    """
 
     def __init__(self) -> None:
         self.before = processor_seconds()
@@ -111,7 +114,7 @@ class Suites:
                 self.reporter.write_line(f"\n{self._line(suite)}")
 
     def pytest_terminal_summary(self) -> None:
-        self.reporter.section("suites: seconds of tests, seconds of processors")
+        self.reporter.section("suites: seconds of tests, seconds of processors (at least)")
         for suite in self.outcomes:
             self.reporter.write_line(self._line(suite))
 
