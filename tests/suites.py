@@ -114,6 +114,8 @@ class Suites:
                 self.reporter.write_line(f"\n{self._line(suite)}")
 
     def pytest_terminal_summary(self) -> None:
+        if not self.outcomes:
+            return
         self.reporter.section("suites: seconds of tests, seconds of processors (at least)")
         for suite in self.outcomes:
             self.reporter.write_line(self._line(suite))
