@@ -100,8 +100,9 @@ class Admin:
         request = {"arguments": [f"ansible/{playbook}", *arguments], "output": str(output)}
         assert self._ansible.stdin and self._ansible.stdout
         print(json.dumps(request), file=self._ansible.stdin, flush=True)
-        status = int(self._ansible.stdout.readline())
-        return Play(status, output.read_text())
+        status = self._ansible.stdout.readline()
+        assert status, "expected the preloaded Ansible to answer, found that it has ended"
+        return Play(int(status), output.read_text())
 
     def play(self, playbook: str, *arguments: str, fails: bool = False) -> Play:
         """Run a playbook, and expect that it passes, or that it fails."""

@@ -131,7 +131,7 @@ def test_workers_are_spot_as_the_request_says(admin: Admin) -> None:
 
 
 def test_spot_workers_end_when_the_cluster_stops(admin: Admin) -> None:
-    admin.play("stop.yml")
+    admin.play("stop.yml", "-e", "reach_seconds=2")
     assert by_role(admin.aws, "stopped", cluster="storm") == {"master": 1}
 
 

@@ -16,6 +16,8 @@ from tests.aws.admin import REPOSITORY, Admin
 
 pytestmark = pytest.mark.timeout(600)
 
+NOBODY = ("-e", "reach_seconds=2")  # the hosts are made up: who waits for them waits in vain
+
 
 @pytest.fixture(scope="module")
 def admin(aws: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Admin]:
@@ -256,12 +258,12 @@ def test_the_status_names_instances_hours_and_costs(admin: Admin) -> None:
 def test_it_grows(admin: Admin) -> None:
     before = {one["InstanceId"] for one in instances(admin.aws)}
     # The new hosts are made up: the playbook gets as far as waiting for them.
-    admin.play("scale.yml", "-e", "workers=3", "-e", "reach_seconds=2", fails=True)
+    admin.play("scale.yml", "-e", "workers=3", *NOBODY, fails=True)
     after = {one["InstanceId"] for one in instances(admin.aws)}
     assert by_role(admin.aws) == {"master": 1, "worker": 3}
     assert before < after
     # Said again, it goes on where it failed, with those that were launched.
-    play = admin.play("scale.yml", "-e", "workers=3", "-e", "reach_seconds=2", fails=True)
+    play = admin.play("scale.yml", "-e", "workers=3", *NOBODY, fails=True)
     assert play.says("PLAY [Wait for SSH]")
     assert {one["InstanceId"] for one in instances(admin.aws)} == after
 
@@ -274,7 +276,7 @@ def test_it_shrinks_after_a_drain_and_keeps_the_oldest_and_the_master(admin: Adm
     admin.ssh_log.write_text("")
     with admin.aws.recording() as requests:
         # The hosts that stay are made up: the playbook gets as far as closing their firewalls.
-        play = admin.play("scale.yml", "-e", "workers=2", fails=True)
+        play = admin.play("scale.yml", "-e", "workers=2", *NOBODY, fails=True)
     assert play.says("PLAY [Close the firewalls of those that stay]")
     assert by_role(admin.aws) == {"master": 1, "worker": 2}
     (ended,) = [request for request in requests if request.action == "TerminateInstances"]
@@ -293,7 +295,7 @@ def test_it_does_not_shrink_to_nothing(admin: Admin) -> None:
 
 def test_it_stops_and_keeps_everything(admin: Admin) -> None:
     admin.ssh_log.write_text("")
-    admin.play("stop.yml")
+    admin.play("stop.yml", *NOBODY)
     assert by_role(admin.aws, "stopped") == {"master": 1, "worker": 2}
     log = admin.ssh_log.read_text()
     for one in instances(admin.aws):
