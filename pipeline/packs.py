@@ -16,7 +16,7 @@ from typing import Any
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 SECONDS_VALID = 3600
 MISSING = {"404", "NoSuchKey", "NoSuchBucket"}
@@ -65,11 +65,23 @@ def signed(place: Mapping[str, str], key: str, operation: str) -> str:
     return address
 
 
-if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["look", _key]:
-            sys.stdout.write("there\n" if is_there(json.load(sys.stdin), _key) else "missing\n")
-        case [("fetch" | "bring") as _operation, _key]:
-            sys.stdout.write(f"{signed(json.load(sys.stdin), _key, _operation)}\n")
+def main(arguments: list[str]) -> None:
+    """Run one of the commands; an error is one line."""
+    match arguments:
+        case ["look", key]:
+            answer = "there" if is_there(json.load(sys.stdin), key) else "missing"
+        case [("fetch" | "bring") as operation, key]:
+            answer = signed(json.load(sys.stdin), key, operation)
         case _:
             sys.exit(__doc__)
+    sys.stdout.write(f"{answer}\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (BotoCoreError, ClientError) as error:
+        sys.exit(
+            f"Expected to find packed environments in the bucket, found: {error}. Look at this "
+            "machine's credentials and network, or set cluster_packs_in_bucket: false."
+        )

@@ -78,6 +78,7 @@ class Account:
 
     def __init__(self, moto_port: int) -> None:
         self.moto_port = moto_port
+        self.direct = ["127.0.0.1", "localhost"]  # what its clients may reach beside it
         self.requests: list[Request] = []
         self.rules: list[Rule] = [simulation(), quota(32), _deleted_versions]
         self.edit: Edit = lambda _, content: content  # what becomes of moto's own answers
@@ -184,7 +185,7 @@ class Account:
             "AWS_MAX_ATTEMPTS": "2",
             "http_proxy": CLOSED,
             "https_proxy": CLOSED,
-            "no_proxy": "127.0.0.1,localhost",
+            "no_proxy": ",".join(self.direct),
         }
 
     def client(self, service: str, region: str = REGION) -> Any:

@@ -89,6 +89,7 @@ def admin(
 ) -> Admin:
     folder: Path = tmp_path_factory.mktemp("site")
     s3 = cluster_hosts.s3
+    aws.direct.append(cluster_hosts.machines.gateway)
     # The hosts have no role of EC2's: they reach their S3 with keys.
     admin = Admin(
         folder,
