@@ -14,7 +14,7 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from urllib.parse import urlsplit
@@ -45,9 +45,11 @@ class Behaviour:
 
 @dataclass
 class Told:
-    """What a proxy did; known once it has stopped."""
+    """What a proxy did, known once it has stopped; `hurry` makes it hold nothing back any more."""
 
     endpoint: str
+    hurry: Callable[[], object] = lambda: None
+    is_hurried: bool = False
     requests: int = 0
     gets: int = 0
     refused: int = 0
@@ -66,6 +68,7 @@ def s3_proxy(endpoint: str, behaviour: Behaviour, address: str = "127.0.0.1") ->
     ) as proxy:
         assert proxy.stdin and proxy.stdout
         told = Told(f"http://{address}:{int(proxy.stdout.readline())}")
+        told.hurry = lambda: print("hurry", file=proxy.stdin, flush=True)
         try:
             yield told
         finally:
@@ -113,6 +116,7 @@ class _FromClient(asyncio.Protocol):
             if data.startswith(b"GET "):
                 self.told.gets += 1
                 is_slow = data.startswith(f"GET {self.behaviour.slow_path}".encode())
+                is_slow = is_slow and not self.told.is_hurried
                 self.answers.delay_next = is_slow and self.behaviour.delay > 0
         if self.answers.transport and not self.is_hung:
             self.answers.transport.write(data)
@@ -172,7 +176,8 @@ async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> No
     server = await loop.create_server(lambda: _FromClient(host, port, behaviour, told), address, 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     before = _cpu_seconds()
-    await asyncio.to_thread(sys.stdin.read)  # until the starter closes it, or is gone
+    while await asyncio.to_thread(sys.stdin.readline):  # until the starter closes it, or is gone
+        told.is_hurried = True
     counts = {name: getattr(told, name) for name in ("requests", "gets", "refused", "hung")}
     print(json.dumps({**counts, "cpu_seconds": _cpu_seconds() - before}))
 

@@ -224,13 +224,13 @@ def mended(converged: Rehearsal) -> Iterator[None]:
 
 def test_one_job_survives_one_loss_after_the_other(job: Job, mended: None) -> None:
     # Far away, images take their time: the job is still at them when the last loss comes.
-    with job.s3(Behaviour(delay=6, slow_path=f"/{BUCKET}/images")) as (conf, proxy):
+    with job.s3(Behaviour(delay=8, slow_path=f"/{BUCKET}/images")) as (conf, proxy):
         job.survives(
             an_executor_and_a_python_worker,
             a_worker,
             the_master_which_is_slow_to_return,
             a_cable_for_half_a_minute,
-            a_cable_for_good,
+            lambda _: (a_cable_for_good(job), proxy.hurry()),
             conf=conf,
         )
     assert proxy.gets > 600  # some were read again
