@@ -35,6 +35,7 @@ from tests.hosts import snapshots
 from tests.hosts.commands import HostsError, prepare_machine, say
 from tests.hosts.image import base_image
 from tests.hosts.machines import Machines
+from tests.waiting import eventually
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(".fruits/rehearsal")
@@ -141,6 +142,15 @@ class Rehearsal:
         shutil.copytree(snapshot / "secrets", self.secrets, dirs_exist_ok=True)
         names = _names(workers)
         self.machines.clone(snapshot / "hosts", *names, before=self._ensure_s3)
+        for name in names[1:]:  # a worker that came up before its master tries again after 10 s
+            ask = (
+                "sudo /opt/fruits/bin/python -m pipeline.door worker "
+                "/etc/fruits/spark/spark-defaults.conf http://127.0.0.1:8080 "
+                f"{self.machines.hosts[name].address}"
+            )
+            known = lambda ask=ask: self.machines.run("master", ask, check=False).returncode == 0  # noqa: E731
+            if not eventually(known):
+                raise HostsError(f"the master does not know {name} after its clone")
         self._write_inventory(names, settings)
 
     def down(self) -> None:
