@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -143,15 +144,18 @@ class Rehearsal:
         names = _names(workers)
         self.machines.clone(snapshot / "hosts", *names, before=self._ensure_s3)
         for name in names[1:]:  # a worker that came up before its master tries again after 10 s
-            ask = (
-                "sudo /opt/fruits/bin/python -m pipeline.door worker "
-                "/etc/fruits/spark/spark-defaults.conf http://127.0.0.1:8080 "
-                f"{self.machines.hosts[name].address}"
-            )
-            known = lambda ask=ask: self.machines.run("master", ask, check=False).returncode == 0  # noqa: E731
-            if not eventually(known):
+            if not eventually(partial(self._is_known, name)):
                 raise HostsError(f"the master does not know {name} after its clone")
         self._write_inventory(names, settings)
+
+    def _is_known(self, name: str) -> bool:
+        """Tell whether the master knows a worker, as the playbooks ask it."""
+        ask = (
+            "sudo /opt/fruits/bin/python -m pipeline.door worker "
+            "/etc/fruits/spark/spark-defaults.conf http://127.0.0.1:8080 "
+            f"{self.machines.hosts[name].address}"
+        )
+        return self.machines.run("master", ask, check=False).returncode == 0
 
     def down(self) -> None:
         """End all of it and remove what it wrote; base images stay."""
