@@ -225,11 +225,20 @@ def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
         assert gone not in members
 
 
+def test_a_worker_is_brought_in(converged: Rehearsal) -> None:
+    play = converged.play("scale.yml", quiet=True)
+    assert changed(play)["worker1"] <= 1  # its firewall at the most
+    assert eventually(lambda: len(workers_alive(converged)) == 2)
+    for host in ("master", "worker1"):
+        members = on(converged, host, "nft list set inet fruits members")
+        assert converged.machines.hosts["worker2"].address in members
+
+
 def test_a_cluster_in_use_is_not_reset_by_mistake(converged: Rehearsal) -> None:
     run = converged.play("reset.yml", "-e", "reset=another", check=False, quiet=True)
     assert run.returncode != 0
     assert "-e reset=rehearsal" in re.sub(r"\s+", " ", run.stdout)
-    assert eventually(lambda: len(workers_alive(converged)) == 1)
+    assert eventually(lambda: len(workers_alive(converged)) == 2)
 
 
 def test_a_reset_leaves_plain_hosts(converged: Rehearsal) -> None:
