@@ -13,6 +13,7 @@ description:
 options:
   folder: {description: The folder that is packed or made., type: path, required: true}
   file: {description: The packed file on this host., type: path}
+  src: {description: "Unpacks this file of the controller, in place of O(file).", type: path}
   url: {description: Where to read the packed file from, in place of O(file)., type: str}
   sha256: {description: Unpacks; what the packed file must have., type: str}
 """
