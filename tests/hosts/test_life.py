@@ -225,9 +225,9 @@ def test_a_worker_leaves_after_handing_over(converged: Rehearsal) -> None:
         assert gone not in members
 
 
-def test_a_worker_is_brought_in(converged: Rehearsal) -> None:
-    play = converged.play("scale.yml", quiet=True)
-    assert changed(play)["worker1"] <= 1  # its firewall at the most
+def test_a_worker_is_brought_in(converged: Rehearsal, new_code: Path) -> None:
+    play = converged.play("scale.yml", quiet=True, repository=new_code)
+    assert changed(play)["worker1"] == 2  # the firewall's file, and that it was read
     assert eventually(lambda: len(workers_alive(converged)) == 2)
     for host in ("master", "worker1"):
         members = on(converged, host, "nft list set inet fruits members")
