@@ -83,7 +83,7 @@ lock: ## resolve every dependency anew into the lock files [UPGRADE=--upgrade]
 	$(subst pyproject.toml,,$(COMPILE)) --group build -c dev.lock -o build.lock
 	$(subst pyproject.toml,,$(COMPILE)) --group demo -c dev.lock -o demo.lock
 	$(subst pyproject.toml,,$(COMPILE)) --group java -o java.lock
-	.venv/bin/python -m pipeline.jars lock
+	.venv/bin/python -m pipeline.engine.jars lock
 
 clean: ## remove what the demo and the tests left, kept hosts too; secrets of clusters, and a rehearsal, stay
 	[ ! -x .venv/bin/python ] || .venv/bin/python -m tests.hosts.snapshots

@@ -10,15 +10,15 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.backbones import BACKBONES
 from pipeline.console import err, explain, observing, out, summary
-from pipeline.demo import show
+from pipeline.engine.session import read_settings
 from pipeline.errors import FruitsError, StorageError
 from pipeline.job import PCAOptions
-from pipeline.lab import open_lab
-from pipeline.place import make_job, make_job_of_table, open_place
-from pipeline.sample import render_sample
-from pipeline.session import read_settings
+from pipeline.local.demo import show
+from pipeline.local.lab import open_lab
+from pipeline.local.place import make_job, make_job_of_table, open_place
+from pipeline.local.sample import render_sample
+from pipeline.networks.backbones import BACKBONES
 from pipeline.storage import Address, S3Settings, open_store
 from pipeline.upload import upload as upload_folder
 
@@ -211,7 +211,7 @@ def notebook(
     debug: Debug = False,
 ) -> None:
     """Run the notebook on this machine, and keep it executed, as HTML, and with its result."""
-    from pipeline.deliverables import execute_notebook
+    from pipeline.present.deliverables import execute_notebook
 
     execute_notebook(images, str(Path(weights).absolute()) if weights else None, output)
 
@@ -227,7 +227,7 @@ def presentation(
     debug: Debug = False,
 ) -> None:
     """Make the slides (in French) of a run: HTML to show, PDF to hand out."""
-    from pipeline.presentation import build_presentation
+    from pipeline.present.slides import build_presentation
 
     s3 = S3Settings.from_spark(read_settings())
     for file in build_presentation(Address.parse(result), s3, output, author, credit):
@@ -245,7 +245,7 @@ def deliverables(
     debug: Debug = False,
 ) -> None:
     """Put together what is handed to the jury, and check it."""
-    from pipeline.deliverables import build_deliverables
+    from pipeline.present.deliverables import build_deliverables
 
     s3 = S3Settings.from_spark(read_settings())
     missed = build_deliverables(name, notebook, Address.parse(result), s3, folder, credit)

@@ -40,11 +40,11 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 
-from pipeline.backbones import Model, load_network
-from pipeline.decode import MAX_BYTES, BadImageError, decode
+from pipeline.engine.session import task_slots
 from pipeline.errors import StateError
 from pipeline.images import LISTING
-from pipeline.session import task_slots
+from pipeline.networks.backbones import Model, load_network
+from pipeline.networks.decode import MAX_BYTES, BadImageError, decode
 from pipeline.storage import Address, ImageReader, Store
 
 # Images are read in bursts, one ahead of the network: single GETs wake threads on both sides for
@@ -401,7 +401,7 @@ def _check_commit(table: FeatureTable, batch: str) -> None:
         if committer != "magic":
             raise StateError(
                 f"expected the magic committer on {table.output.address}, found {committer}. "
-                "Start the cluster with pipeline/spark-defaults.conf and the jars of jars.lock."
+                "Start the cluster with the spark-defaults.conf and the jars of pipeline/engine/."
             )
 
 

@@ -28,8 +28,8 @@ from PIL import Image
 from pyspark.sql import SparkSession
 
 from pipeline import __version__
-from pipeline.backbones import Model
-from pipeline.decode import BadImageError, decode
+from pipeline.engine.jars import hadoop_version
+from pipeline.engine.session import task_slots
 from pipeline.errors import NoImagesError, PCAError, StateError
 from pipeline.features import (
     FeatureTable,
@@ -41,7 +41,6 @@ from pipeline.features import (
     pass_of,
 )
 from pipeline.images import Listing, list_images
-from pipeline.jars import hadoop_version
 from pipeline.matrix import (
     NEXT,
     explained_variance_csv,
@@ -49,9 +48,10 @@ from pipeline.matrix import (
     quarantine_csv,
     write_matrix,
 )
+from pipeline.networks.backbones import Model
+from pipeline.networks.decode import BadImageError, decode
 from pipeline.output import Run, check_output, check_run
 from pipeline.pca import PCA, Moments, State, moments_of
-from pipeline.session import task_slots
 from pipeline.storage import Address, ImageReader, S3Settings, open_store
 
 
@@ -278,7 +278,7 @@ class Job:
         }
 
     def _report(self, run: Run, pca: PCA, good: pa.Table, bad: pa.Table) -> str:
-        from pipeline.report import render_report  # matplotlib: half a second to import
+        from pipeline.report.page import render_report  # matplotlib: half a second to import
 
         axes = ["pc_1", "pc_2"][: pca.k]
         matrix = self.spark().read.parquet((self.output / f"{NEXT}/matrix.parquet").uri)

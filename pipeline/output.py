@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbones import Model
 from pipeline.errors import OutputTakenError, StateError, StorageError
 from pipeline.matrix import NEXT, RESULT
+from pipeline.networks.backbones import Model
 from pipeline.storage import Address, Store
 
 Run = dict[str, Any]  # the content of run.json

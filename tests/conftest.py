@@ -17,12 +17,12 @@ import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 
-from pipeline.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
 from pipeline.cli import main
 from pipeline.console import err, out
-from pipeline.demo import unpack, weights_file
-from pipeline.laptop import Loopback, loopback_cluster
-from pipeline.sample import render_sample
+from pipeline.local.demo import unpack, weights_file
+from pipeline.local.loopback import Loopback, loopback_cluster
+from pipeline.local.sample import render_sample
+from pipeline.networks.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
 from pipeline.storage import Address, BucketStore
 from tests.suites import Meter, Scheduling, Suites
 

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import boto3
 
-from pipeline.ports import free_ports
+from pipeline.local.ports import free_ports
 
 REGION = "eu-west-3"
 LIVE = ["pending", "running", "stopping", "stopped"]

@@ -33,7 +33,7 @@ def test_host_keys_are_what_the_console_printed(aws: Account) -> None:
 
     with aws.answering(console):
         run = subprocess.run(
-            [sys.executable, "-m", "pipeline.ec2", "host-keys", "i-1", "i-2"],
+            [sys.executable, "-m", "pipeline.cluster.ec2", "host-keys", "i-1", "i-2"],
             env=aws.environment | {"AWS_DEFAULT_REGION": REGION},
             capture_output=True,
             text=True,

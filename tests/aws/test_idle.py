@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from jupyter_server.auth.security import passwd
 
-from pipeline.idle import Use, Watch
-from pipeline.ports import free_ports
+from pipeline.cluster.idle import Use, Watch
+from pipeline.local.ports import free_ports
 from tests.aws.account import REGION, Account
 from tests.pages import Pages, serving
 from tests.waiting import SECONDS, eventually
@@ -104,7 +104,7 @@ def watch(
     file = folder / "idle.json"
     file.write_text(json.dumps(settings))
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.idle", "watch", str(file)],
+        [sys.executable, "-m", "pipeline.cluster.idle", "watch", str(file)],
         env=aws.environment,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -191,7 +191,7 @@ def test_a_real_jupyterlab_tells_what_its_kernels_do(
     (port,) = free_ports("127.0.0.1", 1)
     config = tmp_path / "jupyter_server_config.py"
     config.write_text(
-        "from pipeline.door import configure\n"
+        "from pipeline.cluster.door import configure\n"
         f"configure(c, port={port}, certificate={str(tmp_path / 'cert.pem')!r},"
         f" key={str(tmp_path / 'key.pem')!r}, password={str(tmp_path / 'password')!r},"
         f" page_key={str(tmp_path / 'page-key')!r}, pages={{'spark': 8080}},"
@@ -259,7 +259,7 @@ def test_the_spot_notice_drains_the_worker(pages: Pages, tmp_path: Path) -> None
     systemctl.write_text(f'#!/bin/sh\n[ "$4" = spark-worker ] && echo {worker.pid}\n')
     systemctl.chmod(0o755)
     pages.answers = {"/latest/api/token": "a-token"}
-    code = f"import pipeline.spot as s; s.SECONDS_BETWEEN = 0.2; s.main(['{pages.url}'])"
+    code = f"import pipeline.cluster.spot as s; s.SECONDS_BETWEEN = 0.2; s.main(['{pages.url}'])"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={"PATH": str(tmp_path) + ":/bin:/usr/bin"}
     )

@@ -262,7 +262,7 @@ def test_the_credentials_of_a_profile_reach_a_program_that_knows_none(
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     environment = {name: v for name, v in aws.environment.items() if name not in names}
     run = subprocess.run(
-        [sys.executable, "-m", "pipeline.ec2", "with-credentials", "env"],
+        [sys.executable, "-m", "pipeline.cluster.ec2", "with-credentials", "env"],
         env=environment | {"AWS_SHARED_CREDENTIALS_FILE": str(file), "AWS_PROFILE": "orchard"},
         capture_output=True,
         text=True,

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.demo import demo_weights
 from pipeline.errors import FruitsError
+from pipeline.local.demo import demo_weights
 from tests.benchmarks._common import Setup, measure_by_name, stop_on_sigterm
 from tests.benchmarks.results import Result, as_table, write_json
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from pipeline.backbones import BACKBONES, Model, flatbuffer, identify
-from pipeline.demo import demo_images
+from pipeline.engine.session import make_session
 from pipeline.features import FeatureTable, Progress
 from pipeline.images import is_image
 from pipeline.job import Job, PCAOptions
-from pipeline.laptop import Loopback, loopback_cluster
-from pipeline.place import CLUSTERS
-from pipeline.session import make_session
+from pipeline.local.demo import demo_images
+from pipeline.local.loopback import Loopback, loopback_cluster
+from pipeline.local.place import CLUSTERS
+from pipeline.networks.backbones import BACKBONES, Model, flatbuffer, identify
 from pipeline.storage import Address, BucketStore, open_store
 from tests.benchmarks.results import Result
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from sklearn.decomposition import PCA as SklearnPCA
 from sklearn.neighbors import NearestNeighbors
 
-from pipeline.decode import decode
+from pipeline.networks.decode import decode
 from pipeline.pca import PCA, feature_matrix
 from tests.benchmarks._common import SAMPLE, Place, Setup, application, images_on_s3
 from tests.benchmarks.results import Result

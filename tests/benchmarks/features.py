@@ -15,9 +15,9 @@ from contextlib import ExitStack
 
 from pyspark.sql import SparkSession
 
+from pipeline.engine.session import task_slots
 from pipeline.features import compute_features
 from pipeline.images import list_images
-from pipeline.session import task_slots
 from pipeline.storage import ImageReader, open_store
 from tests.benchmarks._common import MANY, Place, Setup, application, images_on_s3
 from tests.benchmarks.network_alone import NetworkAlone

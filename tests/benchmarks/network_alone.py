@@ -1,7 +1,7 @@
 """How fast this machine's cores run the network and nothing else: the yardstick of the features.
 
 One process for each task slot of the cluster, all at the same time, each with one thread, calls
-the function of `pipeline.backbones.load_network` on decoded images that lie ready in its memory.
+the function of `networks.backbones.load_network` on decoded images that lie ready in its memory.
 No reading, no decoding, no Spark. Every process loads and warms up first; then all begin at one
 word and count what they finish in a fixed time. The sum of their rates is the result.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.backbones import load_network
-from pipeline.decode import decode
+from pipeline.networks.backbones import load_network
+from pipeline.networks.decode import decode
 
 TENSORS = 256  # 38 MB of pixels: more than the caches of a core hold
 SECONDS = 10.0

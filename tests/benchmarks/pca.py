@@ -23,10 +23,10 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.laptop import loopback_cluster
+from pipeline.engine.session import task_slots
+from pipeline.local.loopback import loopback_cluster
+from pipeline.local.place import CLUSTERS
 from pipeline.pca import PCA, moments_of
-from pipeline.place import CLUSTERS
-from pipeline.session import task_slots
 from pipeline.storage import Address, BucketStore
 from tests.benchmarks._common import BUCKET, USUAL_JAVA, Setup, application
 from tests.benchmarks.random_features import DIMENSIONS, write_random_features

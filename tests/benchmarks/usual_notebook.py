@@ -36,7 +36,7 @@ from pyspark.sql.functions import col, element_at, pandas_udf, split
 from tensorflow.keras.applications.mobilenet_v2 import MobileNetV2, preprocess_input
 from tensorflow.keras.preprocessing.image import img_to_array
 
-from pipeline.session import make_session
+from pipeline.engine.session import make_session
 from tests.benchmarks._common import USUAL_JAVA
 
 way, images_path, output_path, weights_path, components = sys.argv[1:]

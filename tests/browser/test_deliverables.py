@@ -15,10 +15,10 @@ import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
 
-from pipeline.browser import MILLISECONDS, chromium
-from pipeline.deliverables import NOTEBOOK, build_deliverables
 from pipeline.errors import DeliverableError, OutputTakenError, StateError
-from pipeline.presentation import build_presentation
+from pipeline.present.browser import MILLISECONDS, chromium
+from pipeline.present.deliverables import NOTEBOOK, build_deliverables
+from pipeline.present.slides import build_presentation
 from pipeline.storage import Address, S3Settings
 from tests.conftest import run_fruits
 

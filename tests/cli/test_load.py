@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.laptop import Loopback
+from pipeline.local.loopback import Loopback
 from tests.conftest import Fruits
 from tests.s3.test_loopback_safety import processes_of
 

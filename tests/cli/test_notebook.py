@@ -15,10 +15,10 @@ import pytest
 from jupyter_client import KernelManager
 from jupyter_client.blocking import BlockingKernelClient
 
-from pipeline.door import master_state
+from pipeline.cluster.master import master_state
 from pipeline.errors import ClusterError
-from pipeline.laptop import Loopback
-from pipeline.notebook import SMALLEST_EXECUTOR_MB, connect, share_of
+from pipeline.local.loopback import Loopback
+from pipeline.present.notebook import SMALLEST_EXECUTOR_MB, connect, share_of
 from tests.waiting import eventually
 
 WORKERS = [{"cores": 4, "memory": 6000}, {"cores": 4, "memory": 5000}]
@@ -53,7 +53,7 @@ def test_without_workers_or_a_cluster_it_is_told(monkeypatch: pytest.MonkeyPatch
 
 CONNECT = """
 import sys, time
-import pipeline.notebook as notebook
+import pipeline.present.notebook as notebook
 notebook.GIVE_BACK["spark.dynamicAllocation.executorIdleTimeout"] = "3s"
 spark = notebook.connect(name={name!r})
 def slow(number):

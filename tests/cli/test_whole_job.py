@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.laptop import Loopback
+from pipeline.local.loopback import Loopback
 from tests.conftest import Fruits
 from tests.waiting import SECONDS
 

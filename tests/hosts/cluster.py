@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.door import page_token
+from pipeline.cluster.master import page_token
 from pipeline.storage import Address, open_store
 from tests.hosts.commands import unfit
 from tests.hosts.machines import Machines
@@ -74,7 +74,7 @@ def secrets_of(rehearsal: Rehearsal) -> dict[str, str]:
 def workers_alive(rehearsal: Rehearsal, idle: bool = False) -> list[str]:
     """Return the addresses of the workers that the master knows to be alive, or alive and idle."""
     script = (
-        "from pathlib import Path; from pipeline.door import *; "
+        "from pathlib import Path; from pipeline.cluster.master import *; "
         "key = read_settings_of(Path('/etc/fruits/spark/spark-defaults.conf'))[PAGE_KEY]; "
         "all = registered_workers('http://127.0.0.1:8080', page_token(key)); "
         f"print(*[w['host'] for w in all if not ({idle} and w['coresused'])])"

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.jars import JarError, spark_home
+from pipeline.engine.jars import JarError, spark_home
 from tests.hosts.commands import HostsError, call, os_release
 
 CERTIFICATES = Path("/usr/local/share/ca-certificates")  # those a machine trusts beside Debian's

@@ -26,10 +26,10 @@ from pathlib import Path
 import psutil
 import yaml
 
-from pipeline import seaweed
-from pipeline.demo import demo_images, weights_file
+from pipeline.engine.java import QUICK_START
 from pipeline.errors import FruitsError
-from pipeline.java import QUICK_START
+from pipeline.local import seaweed
+from pipeline.local.demo import demo_images, weights_file
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
 from tests.hosts import snapshots
@@ -151,7 +151,7 @@ class Rehearsal:
     def _is_known(self, name: str) -> bool:
         """Tell whether the master knows a worker, as the playbooks ask it."""
         ask = (
-            "sudo /opt/fruits/bin/python -m pipeline.door worker "
+            "sudo /opt/fruits/bin/python -m pipeline.cluster.master worker "
             "/etc/fruits/spark/spark-defaults.conf http://127.0.0.1:8080 "
             f"{self.machines.hosts[name].address}"
         )

@@ -288,7 +288,7 @@ def test_an_application_without_the_secret_is_refused(converged: Rehearsal) -> N
         "sed 's/^spark.authenticate.secret .*/spark.authenticate.secret wrongwrongwrongwrong/' "
         "/etc/fruits/spark/spark-defaults.conf > stranger/spark-defaults.conf; "
         ". /etc/profile.d/fruits.sh; SPARK_CONF_DIR=/tmp/stranger "
-        "timeout 60 /opt/fruits/bin/python -m pipeline.health "
+        "timeout 60 /opt/fruits/bin/python -m pipeline.cluster.health "
         "http://127.0.0.1:8080 2>&1"
     )
     run = converged.machines.run("master", f"sudo sh -c {shlex.quote(script)}", check=False)

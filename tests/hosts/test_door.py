@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-from pipeline.browser import MILLISECONDS, chromium
+from pipeline.present.browser import MILLISECONDS, chromium
 from tests.hosts.cluster import Work, on, secrets_of, workers_alive
 from tests.hosts.rehearsal import Rehearsal
 from tests.waiting import eventually

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.laptop import Loopback
+from pipeline.local.loopback import Loopback
 from pipeline.storage import Address, BucketStore, open_store
 from tests.hosts.cluster import (
     COMPONENTS,

@@ -28,7 +28,7 @@ PYTHON = "/opt/fruits/bin/python"
 ROUNDS = """
 import time
 from pathlib import Path
-from pipeline.session import make_session
+from pipeline.engine.session import make_session
 context = make_session("rounds").sparkContext
 rounds = 0
 def pair(number):
@@ -136,7 +136,7 @@ def new_code(tmp_path: Path) -> Path:
         )
     for file in (*REPOSITORY.glob("*.lock"), REPOSITORY / "ansible.cfg"):
         shutil.copy(file, copy)
-    changed_file = copy / "pipeline/ports.py"
+    changed_file = copy / "pipeline/local/ports.py"
     changed_file.write_text(f"{changed_file.read_text()}NEW = True\n")
     return copy
 
@@ -161,7 +161,7 @@ class TestAnApplicationGoesOn:
         after = starts(converged)
         assert all(before[host] != after[host] for host in SERVICES)
         # The release has the new code, the environment below it and the release before are kept.
-        has_new_code = "from pipeline.ports import NEW"
+        has_new_code = "from pipeline.local.ports import NEW"
         for host in SERVICES:
             on(converged, host, f"{PYTHON} -c {shlex.quote(has_new_code)}")
             assert len(on(converged, host, "ls /opt/fruits/releases").split()) == 2

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import NoImagesError, StorageError
 from pipeline.images import list_images
-from pipeline.laptop import Loopback
-from pipeline.ports import free_ports
+from pipeline.local.loopback import Loopback
+from pipeline.local.ports import free_ports
 from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open_store
 from pipeline.upload import upload
 from tests.corpus import encoded, good_images, picture

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.door import master_state
-from pipeline.laptop import Loopback, loopback_cluster
-from pipeline.session import read_settings
+from pipeline.cluster.master import master_state
+from pipeline.engine.session import read_settings
+from pipeline.local.loopback import Loopback, loopback_cluster
 from tests.waiting import SECONDS, eventually
 
 
@@ -103,7 +103,7 @@ import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run under nohup
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-from pipeline.laptop import loopback_cluster
+from pipeline.local.loopback import loopback_cluster
 with loopback_cluster(Path(sys.argv[1])) as cluster:
     print(cluster.conf.parent, flush=True)
     time.sleep(600)

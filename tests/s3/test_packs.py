@@ -25,7 +25,7 @@ def packs(bucket: BucketStore) -> Callable[..., str]:
     place = json.dumps({"bucket": bucket.address.bucket, **asdict(bucket.s3)})
 
     def call(verb: str, key: str = KEY) -> str:
-        command = [sys.executable, "-m", "pipeline.packs", verb, key]
+        command = [sys.executable, "-m", "pipeline.cluster.packs", verb, key]
         done = subprocess.run(command, input=place, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from pyspark.sql import SparkSession
 
-from pipeline.laptop import Loopback
-from pipeline.place import Place
-from pipeline.session import make_session
+from pipeline.engine.session import make_session
+from pipeline.local.loopback import Loopback
+from pipeline.local.place import Place
 from tests.conftest import Fruits
 
 

@@ -9,10 +9,10 @@ import psutil
 import pytest
 from pyspark.sql import SparkSession
 
-from pipeline.class_archive import class_path, default_file, java_options
-from pipeline.jars import fetch
-from pipeline.java import find_java_home
-from pipeline.laptop import Loopback
+from pipeline.engine.class_archive import class_path, default_file, java_options
+from pipeline.engine.jars import fetch
+from pipeline.engine.java import find_java_home
+from pipeline.local.loopback import Loopback
 
 
 @pytest.fixture(scope="module")

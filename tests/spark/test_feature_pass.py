@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.backbones import Model, load_network
-from pipeline.decode import decode
 from pipeline.errors import StateError
 from pipeline.features import (
     DECODE,
@@ -25,7 +23,9 @@ from pipeline.features import (
     nothing_to_compute,
 )
 from pipeline.images import list_images
-from pipeline.laptop import Loopback
+from pipeline.local.loopback import Loopback
+from pipeline.networks.backbones import Model, load_network
+from pipeline.networks.decode import decode
 from pipeline.storage import Address, BucketStore, ImageReader, open_store
 from tests.conftest import new_bucket
 from tests.corpus import bad_images, encoded, good_images, picture

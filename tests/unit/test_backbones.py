@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import backbones
-from pipeline.backbones import (
+from pipeline.errors import WeightsError
+from pipeline.networks import backbones
+from pipeline.networks.backbones import (
     BACKBONES,
     HDF5,
     KERAS_WEIGHTS,
@@ -24,8 +25,7 @@ from pipeline.backbones import (
     identify,
     load_network,
 )
-from pipeline.decode import PREPROCESSING
-from pipeline.errors import WeightsError
+from pipeline.networks.decode import PREPROCESSING
 
 MOBILENET = BACKBONES["mobilenet_v2"]
 
@@ -57,7 +57,7 @@ def test_whatever_changes_the_features_changes_the_id(
     ids.add(identify(replace(MOBILENET, scale=1 / 255), weights, 224).id)
     ids.add(identify(replace(MOBILENET, offset=0.0), weights, 224).id)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.backbones.PREPROCESSING", PREPROCESSING + ", sharpened")
+        patch.setattr("pipeline.networks.backbones.PREPROCESSING", PREPROCESSING + ", sharpened")
         ids.add(identify(MOBILENET, weights, 224).id)
     weights.write_bytes(b"the bytes of other weights")
     ids.add(identify(MOBILENET, weights, 224).id)

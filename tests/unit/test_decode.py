@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.decode import BadImageError, decode
+from pipeline.networks.decode import BadImageError, decode
 from tests.corpus import encoded, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes decode's own filter
@@ -220,7 +220,7 @@ def test_threads_that_decode_at_once_leave_pythons_warnings_as_they_are() -> Non
 
 def test_what_pillow_warns_of_is_not_the_users_to_read() -> None:
     code = f"""
-from pipeline.decode import BadImageError, decode
+from pipeline.networks.decode import BadImageError, decode
 try:
     decode({png(12_000, 12_000, 1, 0, b"")!r}, 32)
 except BadImageError as error:
@@ -291,7 +291,7 @@ def test_a_reason_is_short_and_the_same_each_time() -> None:
 MEASURE = """
 import re, resource, sys
 from pathlib import Path
-from pipeline.decode import BadImageError, decode
+from pipeline.networks.decode import BadImageError, decode
 def peak():
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20

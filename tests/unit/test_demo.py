@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.demo import check_target, copy_result, demo_images, demo_weights, weights_file
 from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
+from pipeline.local.demo import check_target, copy_result, demo_images, demo_weights, weights_file
+from pipeline.local.sample import VARIETIES
 from pipeline.matrix import RESULT
-from pipeline.sample import VARIETIES
 from pipeline.storage import Address, FolderStore
 
 
@@ -46,7 +46,7 @@ def archive(file: Path, *names: str) -> Path:
 def test_without_images_a_sample_is_rendered_for_the_time_of_the_demo(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.sample.VARIETIES", {"Lemon": VARIETIES["Lemon"]})
+    monkeypatch.setattr("pipeline.local.sample.VARIETIES", {"Lemon": VARIETIES["Lemon"]})
     with demo_images(None) as (folder, said):
         assert {file.split("/")[0] for file in contents(folder)} == {"Lemon"}
         assert "rendered sample" in said
@@ -141,7 +141,7 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Path:
         raise WeightsError("Keras could not download its MobileNetV2 weights")
 
-    monkeypatch.setattr("pipeline.backbones._download_mobilenet_v2", fail)
+    monkeypatch.setattr("pipeline.networks.backbones._download_mobilenet_v2", fail)
 
 
 def test_weights_are_those_given_then_the_environments_then_keras(

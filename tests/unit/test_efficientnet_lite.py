@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pytest
 
-from pipeline import efficientnet_lite
-from pipeline.efficientnet_lite import build, read_torch_state, weights_path
 from pipeline.errors import WeightsError
+from pipeline.networks import efficientnet_lite
+from pipeline.networks.efficientnet_lite import build, read_torch_state, weights_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +81,7 @@ def weights() -> Path:
 def test_the_module_and_the_search_for_weights_import_no_framework() -> None:
     code = """
 import contextlib, sys
-from pipeline.efficientnet_lite import weights_path
+from pipeline.networks.efficientnet_lite import weights_path
 from pipeline.errors import WeightsError
 with contextlib.suppress(WeightsError):
     weights_path()

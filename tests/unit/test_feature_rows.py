@@ -20,8 +20,6 @@ from pyspark.accumulators import Accumulator, AddingAccumulatorParam
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from pipeline import features
-from pipeline.backbones import Model
-from pipeline.decode import BadImageError
 from pipeline.errors import StateError
 from pipeline.features import (
     ARROW_ROWS,
@@ -47,6 +45,8 @@ from pipeline.features import (
 )
 from pipeline.images import LISTING, list_images
 from pipeline.job import _digests
+from pipeline.networks.backbones import Model
+from pipeline.networks.decode import BadImageError
 from pipeline.storage import Address, FolderStore, ImageReader, S3Settings
 from tests.corpus import bad_images, encoded, good_images, picture
 

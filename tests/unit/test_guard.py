@@ -15,7 +15,7 @@ import pytest
 
 from tests.waiting import SECONDS, eventually
 
-GUARD = [sys.executable, "-m", "pipeline.guard"]
+GUARD = [sys.executable, "-m", "pipeline.local.guard"]
 
 # A server with a child; both write their process id. {0} is what the server does on SIGTERM, {1}
 # what its child does.
@@ -138,7 +138,7 @@ def test_a_guard_that_is_told_to_end_does_not_leave_its_server_behind(
 def test_a_server_may_end_in_its_own_way(start: Callable[..., Guarded], tmp_path: Path) -> None:
     tidy = "signal.signal(signal.SIGTERM, lambda *_: (open('tidied', 'w').close(), sys.exit()))"
     patient = (
-        "import sys; from pipeline import guard; guard.SECONDS_TO_STOP = 60\n"
+        "import sys; from pipeline.local import guard; guard.SECONDS_TO_STOP = 60\n"
         "sys.exit(guard.main(sys.argv[1:]))"
     )
     running = start([sys.executable, "-c", patient], on_term=tidy)

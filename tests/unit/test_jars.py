@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import jars
-from pipeline.jars import LOCK_FILE, Jar, JarError, fetch, hadoop_version, read_lock, spark_home
+from pipeline.engine import jars
+from pipeline.engine.jars import (
+    LOCK_FILE,
+    Jar,
+    JarError,
+    fetch,
+    hadoop_version,
+    read_lock,
+    spark_home,
+)
 
 PROJECT = LOCK_FILE.parents[1]
 PYTHON_LOCKS = sorted(PROJECT.glob("*.lock"))

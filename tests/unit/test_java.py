@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import java
-from pipeline.java import JavaNotFoundError, find_java_home, java_version
+from pipeline.engine import java
+from pipeline.engine.java import JavaNotFoundError, find_java_home, java_version
 
 OPENJDK = 'openjdk version "{}" 2025-04-15\nOpenJDK Runtime Environment (build {})'
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.knobs import mistakes
+from pipeline.cluster.knobs import mistakes
 
 FILE = {"path": "all.yml", "cluster": "orchard", "region": "eu-west-3", "knobs": ["cluster_name"]}
 KNOBS: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from tornado.web import HTTPError
 
-from pipeline.notebook_files import WholeFiles
+from pipeline.cluster.notebook_files import WholeFiles
 
 NAME = "fruits.ipynb"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.backbones import Model
 from pipeline.errors import OutputTakenError
+from pipeline.networks.backbones import Model
 from pipeline.output import check_output, check_run
 from pipeline.storage import Address, FolderStore
 

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from pipeline import ports
 from pipeline.errors import ClusterError
-from pipeline.ports import ELSEWHERE, LINUX_SAYS, LOWEST, free_ports
+from pipeline.local import ports
+from pipeline.local.ports import ELSEWHERE, LINUX_SAYS, LOWEST, free_ports
 
 
 def only(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.presentation import cores, day, duration, number, percent, size
+from pipeline.present.slides import cores, day, duration, number, percent, size
 
 NARROW, NO_BREAK = "\u202f", "\u00a0"
 

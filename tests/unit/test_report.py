@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import report
-from pipeline.report import render_report
+from pipeline.report import page as report
+from pipeline.report.page import render_report
 
 VOID = {"meta", "link", "img", "br"}
 EVIL = '<b onclick="x()">&"\'</b></svg><script>alert(1)</script> $\\frac{$ {{ 7 * 7 }}'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.sample import VARIETIES, render_sample
+from pipeline.local.sample import VARIETIES, render_sample
 
 
 def contents(folder: Path, paths: list[Path]) -> dict[str, bytes]:
@@ -100,7 +100,7 @@ def test_a_picture_does_not_depend_on_how_many_others_there_are(
 def test_a_picture_does_not_depend_on_which_varieties_there_are(
     tmp_path: Path, folder: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.sample.VARIETIES", {"Lemon": VARIETIES["Lemon"]})
+    monkeypatch.setattr("pipeline.local.sample.VARIETIES", {"Lemon": VARIETIES["Lemon"]})
     alone = contents(tmp_path, render_sample(tmp_path, per_variety=1))
     assert list(alone) == ["Lemon/0_100.jpg"]
     assert alone.items() < contents(folder, paths).items()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine.session import COMMON_SETTINGS, _standard_error_to, make_session, read_settings
 from pipeline.errors import ClusterError
-from pipeline.session import COMMON_SETTINGS, _standard_error_to, make_session, read_settings
 
 SETTINGS = """
 # a comment

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import class_archive, seaweed
-from pipeline.door import registered_workers
+from pipeline.cluster.master import registered_workers
+from pipeline.engine import class_archive
+from pipeline.engine.jars import fetch, spark_home
+from pipeline.engine.java import QUICK_START, find_java_home
+from pipeline.engine.session import COMMON_SETTINGS
 from pipeline.errors import ClusterError
-from pipeline.jars import fetch, spark_home
-from pipeline.java import QUICK_START, find_java_home
-from pipeline.ports import free_ports
-from pipeline.session import COMMON_SETTINGS
+from pipeline.local import seaweed
+from pipeline.local.ports import free_ports
 from pipeline.storage import S3Settings
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class _Servers:
         """Start a server whose output goes to a log of its name."""
         with self._log(name).open("ab") as output:
             self.guards[name] = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "pipeline.guard", *command],
+                [sys.executable, "-m", "pipeline.local.guard", *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.ports import free_ports
+from pipeline.local.ports import free_ports
 from pipeline.storage import S3Settings
 
 EVERYTHING = ("Admin", "Read", "Write", "List", "Tagging")

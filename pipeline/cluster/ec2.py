@@ -1,8 +1,8 @@
 """What the playbooks ask of AWS where Ansible has no module: looks, and changes nothing.
 
-    python -m pipeline.ec2 look < knobs.json         the knobs, and the account as they want it
-    python -m pipeline.ec2 host-keys INSTANCE ...    SSH host keys, as the consoles printed them
-    python -m pipeline.ec2 with-credentials COMMAND  run it with the credentials of this moment
+    python -m pipeline.cluster.ec2 look < knobs.json   the knobs, and the account as they want it
+    python -m pipeline.cluster.ec2 host-keys INSTANCE ...        as the consoles printed them
+    python -m pipeline.cluster.ec2 with-credentials COMMAND      run it with those of this moment
 
 The first two print JSON. `look` collects every problem it finds, so that an admin mends them in one
 go.
@@ -27,7 +27,7 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipeline.knobs import mistakes
+from pipeline.cluster.knobs import mistakes
 
 SMALLEST_MEMORY_MB = 4096
 LIVE = ["pending", "running", "stopping", "stopped"]

@@ -1,8 +1,8 @@
 """Signs addresses by which hosts bring packed environments to the bucket, and fetch them.
 
-    python -m pipeline.packs look KEY < place.json     is it there? prints `there` or `missing`
-    python -m pipeline.packs fetch KEY < place.json    prints an address to read it from
-    python -m pipeline.packs bring KEY < place.json    prints an address to write it to
+    python -m pipeline.cluster.packs look KEY < place.json    is it there? `there` or `missing`
+    python -m pipeline.cluster.packs fetch KEY < place.json    prints an address to read it from
+    python -m pipeline.cluster.packs bring KEY < place.json    prints an address to write it to
 
 `place.json` has the bucket and the region, and an endpoint with its keys where that is not AWS.
 """

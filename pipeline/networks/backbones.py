@@ -22,9 +22,9 @@ from urllib.request import urlopen
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.decode import PREPROCESSING
+from pipeline.engine.jars import default_folder as jars_folder
 from pipeline.errors import WeightsError
-from pipeline.jars import default_folder as jars_folder
+from pipeline.networks.decode import PREPROCESSING
 
 # Where keras.applications has its file from, which it gives no sum for.
 KERAS_WEIGHTS = (
@@ -69,7 +69,7 @@ def _build_mobilenet_v2(weights: Path, size: int) -> Any:
 
 
 def _build_efficientnet_lite0(weights: Path, size: int) -> Any:
-    from pipeline.efficientnet_lite import build
+    from pipeline.networks.efficientnet_lite import build
 
     return build(weights, size)
 
@@ -161,7 +161,7 @@ def _convert_apart(model: Model, weights: Path, target: Path) -> None:
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     arguments = [model.network, str(model.input_size), str(weights), str(target)]
     run = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "pipeline.backbones", *arguments],
+        [sys.executable, "-m", "pipeline.networks.backbones", *arguments],
         env=os.environ | quiet,
         capture_output=True,
         text=True,
@@ -227,7 +227,7 @@ def find_weights(backbone: str, weights: str | None) -> Path:
     if weights not in (None, "imagenet"):
         return Path(str(weights)).expanduser().absolute()
     if backbone == "efficientnet_lite0":
-        from pipeline.efficientnet_lite import weights_path
+        from pipeline.networks.efficientnet_lite import weights_path
 
         return weights_path()
     return _download_mobilenet_v2()

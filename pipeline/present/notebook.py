@@ -19,12 +19,12 @@ from py4j.protocol import Py4JError
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
+from pipeline.cluster.master import PAGE_KEY, alive_workers, master_state, page_token
 from pipeline.console import STAGES, duration
-from pipeline.door import PAGE_KEY, alive_workers, master_state, page_token
+from pipeline.engine.session import make_session, read_settings, task_slots
 from pipeline.errors import ClusterError
 from pipeline.features import Progress
-from pipeline.place import fetch_weights
-from pipeline.session import make_session, read_settings, task_slots
+from pipeline.local.place import fetch_weights
 from pipeline.storage import Address, S3Settings, open_store
 
 # Executors that have nothing to do go after a minute and come back with the next cell: a notebook

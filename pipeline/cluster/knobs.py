@@ -1,6 +1,6 @@
 """Whether the admin's knobs make a cluster, before AWS is asked anything.
 
-`ansible/roles/ec2` sends them to `pipeline.ec2`; all that is wrong with them is told at once.
+`ansible/roles/ec2` sends them to `pipeline.cluster.ec2`; all that is wrong is told at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A small job in every task slot of the cluster, run by the playbook that checks it.
 
-    python -m pipeline.health MASTER_PAGE
+    python -m pipeline.cluster.health MASTER_PAGE
 
 The tasks say where they ran; then a small table goes to the bucket through S3A and is read back.
 While another application has the slots, the job would only wait for it: then the master tells
@@ -21,9 +21,9 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from pipeline.door import PAGE_KEY, alive_workers, master_state, page_token
+from pipeline.cluster.master import PAGE_KEY, alive_workers, master_state, page_token
+from pipeline.engine.session import make_session, read_settings, task_slots
 from pipeline.errors import ClusterError, FruitsError
-from pipeline.session import make_session, read_settings, task_slots
 from pipeline.storage import Address, S3Settings, Store, open_store
 
 ALL_SLOTS = {

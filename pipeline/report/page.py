@@ -402,7 +402,7 @@ def _stages(timings: Mapping[str, float]) -> list[tuple[str, float, float, float
 def _page() -> jinja2.Template:
     """Template of the page; whatever it is given is escaped unless it is markup of our own."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"),
+        loader=jinja2.PackageLoader("pipeline.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -5,8 +5,8 @@ half of the processor time of its start. Java's class data sharing (JEP 350) map
 archive instead. The archive belongs to one Java and to these very files: a Java to which it does
 not belong starts without it, and says nothing.
 
-    python -m pipeline.class_archive                make it, for this environment
-    python -m pipeline.class_archive FILE S3A_JARS  make it, for a class path as Java takes it
+    python -m pipeline.engine.class_archive               make it, for this environment
+    python -m pipeline.engine.class_archive FILE S3A_JARS make it, for a class path as Java takes it
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from pipeline.jars import fetch, spark_home
-from pipeline.java import QUICK_START, find_java_home
+from pipeline.engine.jars import fetch, spark_home
+from pipeline.engine.java import QUICK_START, find_java_home
 
 # What opens Java's own packages to Spark (JavaModuleOptions in its launcher), as far as the
 # archived job goes.

@@ -1,8 +1,8 @@
 """Makes the SparkSession, the same way on a laptop, on rehearsal hosts and on EC2.
 
 All settings come from `spark-defaults.conf` in SPARK_CONF_DIR, which whoever set the cluster up has
-written: `pipeline.laptop` or the playbooks. What the code reads from it before Spark starts, it
-reads here.
+written: `pipeline.local.loopback` or the playbooks. What the code reads from it before Spark
+starts, it reads here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipeline.engine.java import find_java_home
 from pipeline.errors import ClusterError
-from pipeline.java import find_java_home
 
 COMMON_SETTINGS = Path(__file__).with_name("spark-defaults.conf")
 

@@ -26,10 +26,11 @@ from markupsafe import Markup
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from pipeline.browser import print_to_pdf
 from pipeline.errors import StateError
+from pipeline.local.sample import VARIETIES
 from pipeline.output import Run, read_run
-from pipeline.report import (
+from pipeline.present.browser import print_to_pdf
+from pipeline.report.page import (
     ACCENT,
     COLOURS,
     INK,
@@ -41,10 +42,9 @@ from pipeline.report import (
     Floats,
     outline,
 )
-from pipeline.sample import VARIETIES
 from pipeline.storage import Address, S3Settings, Store, open_store
 
-SOURCE = Path(__file__).parents[1] / "notebooks"
+SOURCE = Path(__file__).parents[2] / "notebooks"
 WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
 UNLABELLED = "sans étiquette"
 FRUITS_360 = "Photos : Fruits-360, Mihai Oltean, CC BY-SA 4.0."

@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 from nbconvert import HTMLExporter
 
 from pipeline.console import observing, out
-from pipeline.demo import (
+from pipeline.errors import DeliverableError
+from pipeline.local.demo import (
     check_target,
     copy_result,
     demo_images,
     images_named,
     place_with_images,
 )
-from pipeline.errors import DeliverableError
 from pipeline.matrix import RESULT
-from pipeline.presentation import SOURCE, build_presentation
+from pipeline.present.slides import SOURCE, build_presentation
 from pipeline.storage import (
     Address,
     S3Settings,
@@ -49,7 +49,7 @@ def execute_notebook(images: Path | None, weights: str | None, target: Path) -> 
     Parameters
     ----------
     images, weights
-        As for `pipeline.demo.show`.
+        As for `pipeline.local.demo.show`.
     target
         A folder that gets `fruits.ipynb`, `fruits.html` and `result/`, all of them or none.
 

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.console import ConsoleObserver, observing, out, summary
 from pipeline.errors import NoImagesError, WeightsError
 from pipeline.images import is_image
+from pipeline.local.place import Place, make_job, open_place
+from pipeline.local.sample import render_sample
 from pipeline.matrix import RESULT
-from pipeline.place import Place, make_job, open_place
-from pipeline.sample import render_sample
+from pipeline.networks.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.storage import (
     Address,
     BucketStore,

@@ -8,12 +8,12 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from pipeline.cluster.door import WHOLE_FILES
 from pipeline.console import observing, out
-from pipeline.demo import demo_images, images_named, place_with_images
-from pipeline.door import WHOLE_FILES
 from pipeline.errors import ClusterError
+from pipeline.local.demo import demo_images, images_named, place_with_images
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def open_lab(images: Path | None) -> None:
@@ -22,7 +22,7 @@ def open_lab(images: Path | None) -> None:
     Parameters
     ----------
     images
-        As for `pipeline.demo.demo_images`; None takes FRUITS_IMAGES.
+        As for `pipeline.local.demo.demo_images`; None takes FRUITS_IMAGES.
     """
     with ExitStack() as stack:
         folder, told = stack.enter_context(demo_images(images or images_named()))

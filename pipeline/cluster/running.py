@@ -1,7 +1,7 @@
 """The way from JupyterLab's launcher to the page of the application that runs now.
 
 Its address changes with every application: this server extension of JupyterLab asks the master and
-redirects. `pipeline.door` turns it on.
+redirects. `pipeline.cluster.door` turns it on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from jupyter_server.base.handlers import JupyterHandler
 from tornado import web
 
-from pipeline.door import RUNNING, master_state
+from pipeline.cluster.door import RUNNING
+from pipeline.cluster.master import master_state
 
 
 class RunningApplication(JupyterHandler):
@@ -43,4 +44,4 @@ def _load_jupyter_server_extension(server: Any) -> None:
 
 
 def _jupyter_server_extension_points() -> list[dict[str, str]]:
-    return [{"module": "pipeline.running"}]
+    return [{"module": "pipeline.cluster.running"}]

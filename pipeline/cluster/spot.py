@@ -1,6 +1,6 @@
 """Waits on a spot instance for EC2's two minutes' notice, then lets Spark's worker hand over.
 
-    python -m pipeline.spot [ADDRESS_OF_THE_METADATA_SERVICE]
+    python -m pipeline.cluster.spot [ADDRESS_OF_THE_METADATA_SERVICE]
 
 Ends after the notice was passed on. The metadata service is asked by IMDSv2 only.
 """

@@ -1,6 +1,6 @@
 """Runs a server and ends it, with all its children, when whoever started the guard is gone.
 
-    python -m pipeline.guard COMMAND ...
+    python -m pipeline.local.guard COMMAND ...
 
 The starter holds the other end of the guard's standard input. However the starter ends (Ctrl-C, a
 crash, kill -9, a closed terminal), that pipe closes, and the guard stops the server's whole group.

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from pipeline.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
+from pipeline.engine.session import make_session, read_settings
 from pipeline.errors import StateError, StorageError
 from pipeline.features import FeatureTable, models_in
 from pipeline.job import Job, Observer
-from pipeline.laptop import loopback_cluster
-from pipeline.session import make_session, read_settings
+from pipeline.local.loopback import loopback_cluster
+from pipeline.networks.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.storage import Address, S3Settings, open_store
 
 CLUSTERS = Path(".fruits")  # the folders of loopback clusters, below the current one

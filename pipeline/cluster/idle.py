@@ -1,7 +1,7 @@
 """Sees whether anybody uses the cluster, and stops it on EC2 when nobody has for some hours.
 
-    python -m pipeline.idle look SETTINGS     what goes on, for people
-    python -m pipeline.idle watch SETTINGS    look again and again, on the master
+    python -m pipeline.cluster.idle look SETTINGS     what goes on, for people
+    python -m pipeline.cluster.idle watch SETTINGS    look again and again, on the master
 
 SETTINGS is a JSON file that the playbooks write; `Watch` says what is in it.
 """
@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.door import PAGE_KEY, master_state, page_token, registered_workers
-from pipeline.session import read_settings_of
+from pipeline.cluster.master import PAGE_KEY, master_state, page_token, registered_workers
+from pipeline.engine.session import read_settings_of
 
 ESTABLISHED, SSH = "01", 22
 

@@ -5,8 +5,8 @@ no repository's address stands in this project: Ivy knows Maven Central, and a m
 DEFAULT_ARTIFACT_REPOSITORY, as for spark-submit. Standard library, Java and pyspark only, because
 a cluster's hosts have nothing else when they run it.
 
-    python -m pipeline.jars fetch [FOLDER]   bring what is missing, check every sum
-    python -m pipeline.jars lock             resolve anew after a change of Spark
+    python -m pipeline.engine.jars fetch [FOLDER]   bring what is missing, check every sum
+    python -m pipeline.engine.jars lock             resolve anew after a change of Spark
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from pipeline.java import QUICK_START, JavaNotFoundError, find_java_home
+from pipeline.engine.java import QUICK_START, JavaNotFoundError, find_java_home
 
 LOCK_FILE = Path(__file__).with_name("jars.lock")
 
@@ -210,7 +210,7 @@ def lock(file: Path = LOCK_FILE) -> None:
             lines.append(f"{organisations[name]}:{name}:{version} {jar.stat().st_size} {digest}")
     header = (
         f"# S3A for Hadoop {hadoop_version()}, the Hadoop inside pyspark.\n"
-        "# Written by `python -m pipeline.jars lock`: coordinate, bytes, sha256.\n"
+        "# Written by `python -m pipeline.engine.jars lock`: coordinate, bytes, sha256.\n"
     )
     file.write_text(header + "\n".join(sorted(lines)) + "\n")
     _say(f"locked {len(lines)} jars in {file}")
@@ -276,7 +276,9 @@ def main(arguments: list[str]) -> None:
             case ["lock"]:
                 lock()
             case _:
-                sys.exit(f"usage: python -m pipeline.jars fetch [FOLDER] | lock\n\n{__doc__}")
+                sys.exit(
+                    f"usage: python -m pipeline.engine.jars fetch [FOLDER] | lock\n\n{__doc__}"
+                )
     except (JarError, JavaNotFoundError) as error:
         sys.exit(f"fruits: {error}")
 

@@ -1,0 +1,1 @@
+"""What runs on hosts and asks EC2: the door, the watches, the looks."""

@@ -1,0 +1,1 @@
+"""The networks: weights, models, and what goes into one."""
