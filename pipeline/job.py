@@ -31,15 +31,7 @@ from pipeline import __version__
 from pipeline.engine.jars import hadoop_version
 from pipeline.engine.session import task_slots
 from pipeline.errors import NoImagesError, PCAError, StateError
-from pipeline.features import (
-    FeatureTable,
-    Pass,
-    Progress,
-    Speed,
-    compute_features,
-    nothing_to_compute,
-    pass_of,
-)
+from pipeline.features import Progress, compute_features
 from pipeline.images import Listing, list_images
 from pipeline.matrix import (
     NEXT,
@@ -53,6 +45,7 @@ from pipeline.networks.decode import BadImageError, decode
 from pipeline.output import Run, check_output, check_run
 from pipeline.pca import PCA, Moments, State, moments_of
 from pipeline.storage import Address, ImageReader, S3Settings, open_store
+from pipeline.table import FeatureTable, Pass, Speed, nothing_to_compute, pass_of
 
 
 class Observer(Protocol):

@@ -14,11 +14,11 @@ from pyspark.sql import SparkSession
 
 from pipeline.engine.session import make_session, read_settings
 from pipeline.errors import StateError, StorageError
-from pipeline.features import FeatureTable, models_in
 from pipeline.job import Job, Observer
 from pipeline.local.loopback import loopback_cluster
 from pipeline.networks.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.storage import Address, S3Settings, open_store
+from pipeline.table import FeatureTable, models_in
 
 CLUSTERS = Path(".fruits")  # the folders of loopback clusters, below the current one
 

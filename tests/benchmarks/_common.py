@@ -13,7 +13,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipeline.engine.session import make_session
-from pipeline.features import FeatureTable, Progress
+from pipeline.features import Progress
 from pipeline.images import is_image
 from pipeline.job import Job, PCAOptions
 from pipeline.local.demo import demo_images
@@ -21,6 +21,7 @@ from pipeline.local.loopback import Loopback, loopback_cluster
 from pipeline.local.place import CLUSTERS
 from pipeline.networks.backbones import BACKBONES, Model, flatbuffer, identify
 from pipeline.storage import Address, BucketStore, open_store
+from pipeline.table import FeatureTable
 from tests.benchmarks.results import Result
 
 MANY = "fruits-360-3body-test.tar"  # 13,810 images, for speed

@@ -19,35 +19,29 @@ from hypothesis import strategies as st
 from pyspark.accumulators import Accumulator, AddingAccumulatorParam
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from pipeline import features
+from pipeline import task
 from pipeline.errors import StateError
-from pipeline.features import (
-    ARROW_ROWS,
-    DECODE,
-    GETS_AT_ONCE,
-    KEY,
-    READ,
-    ROWS,
-    FeatureTable,
-    Speed,
-    _checked,
-    _count_gone,
-    _index_schema,
-    _live_index,
-    _not_in,
-    _PassOverImages,
-    _read_ahead,
-    _Unreadable,
-    largest_pass,
-    models_in,
-    nothing_to_compute,
-    pass_of,
-)
+from pipeline.features import _count_gone, _live_index, _not_in
 from pipeline.images import LISTING, list_images
 from pipeline.job import _digests
 from pipeline.networks.backbones import Model
 from pipeline.networks.decode import BadImageError
 from pipeline.storage import Address, FolderStore, ImageReader, S3Settings
+from pipeline.table import (
+    ARROW_ROWS,
+    DECODE,
+    KEY,
+    READ,
+    ROWS,
+    FeatureTable,
+    Speed,
+    index_schema,
+    largest_pass,
+    models_in,
+    nothing_to_compute,
+    pass_of,
+)
+from pipeline.task import GETS_AT_ONCE, PassOverImages, _checked, _read_ahead, _Unreadable
 from tests.corpus import bad_images, encoded, good_images, picture
 
 MODEL = Model("net-32-abc", "net", 32, 3, "as it is", "weights.h5", "0" * 64)
@@ -94,7 +88,7 @@ def test_a_burst_is_read_while_the_network_takes_the_one_before() -> None:
 
 
 def test_large_images_are_read_ahead_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "BYTES_AT_ONCE", 24)
+    monkeypatch.setattr(task, "BYTES_AT_ONCE", 24)
     images, length = most_ahead([10] * 50)
     assert length <= 48, "a burst and the one before it"
     assert images == 4
@@ -204,16 +198,16 @@ def test_the_rows_of_arrow_and_of_spark_are_the_same() -> None:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> _PassOverImages:
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PassOverImages:
     """The pass with a network that gives the mean colour: real reads and decodes, no weights."""
-    monkeypatch.setattr(features, "_network", lambda _: lambda pixels: pixels.mean(axis=(0, 1)))
+    monkeypatch.setattr(task, "_network", lambda _: lambda pixels: pixels.mean(axis=(0, 1)))
     done, quarantined = (Accumulator(n, 0, AddingAccumulatorParam(0)) for n in (71, 72))
     reader = ImageReader(address_of(folder), S3Settings())
     broadcast: Any = None
-    return _PassOverImages(broadcast, 32, reader, "batch-1", done, quarantined)
+    return PassOverImages(broadcast, 32, reader, "batch-1", done, quarantined)
 
 
-def rows_by_path(run: _PassOverImages, listing: pa.Table) -> dict[str, dict[str, Any]]:
+def rows_by_path(run: PassOverImages, listing: pa.Table) -> dict[str, dict[str, Any]]:
     batches = list(run(iter(listing.to_batches(max_chunksize=7))))
     assert all(batch.schema == ARROW_ROWS for batch in batches)
     table = pa.Table.from_batches(batches)
@@ -221,9 +215,7 @@ def rows_by_path(run: _PassOverImages, listing: pa.Table) -> dict[str, dict[str,
     return {row["path"]: row for row in table.to_pylist()}
 
 
-def test_every_image_has_a_row_with_features_or_a_reason(
-    run: _PassOverImages, folder: Path
-) -> None:
+def test_every_image_has_a_row_with_features_or_a_reason(run: PassOverImages, folder: Path) -> None:
     rows = rows_by_path(run, listing_of(folder))
     assert rows.keys() == good_images().keys() | bad_images().keys()
     for name in good_images():
@@ -238,7 +230,7 @@ def test_every_image_has_a_row_with_features_or_a_reason(
 
 
 def test_a_truncated_image_is_quarantined_with_its_reason(
-    run: _PassOverImages, folder: Path
+    run: PassOverImages, folder: Path
 ) -> None:
     row = rows_by_path(run, listing_of(folder))["bad/truncated.jpg"]
     assert row["stage"] == DECODE
@@ -246,7 +238,7 @@ def test_a_truncated_image_is_quarantined_with_its_reason(
 
 
 def test_an_image_gone_since_the_listing_is_quarantined_at_reading(
-    run: _PassOverImages, folder: Path
+    run: PassOverImages, folder: Path
 ) -> None:
     listing = listing_of(folder)
     (folder / "no label.jpg").unlink()
@@ -255,7 +247,7 @@ def test_an_image_gone_since_the_listing_is_quarantined_at_reading(
     assert row["label"] is row["features"] is None
 
 
-def test_each_row_gets_the_features_of_its_own_image(run: _PassOverImages, folder: Path) -> None:
+def test_each_row_gets_the_features_of_its_own_image(run: PassOverImages, folder: Path) -> None:
     for number in range(40):
         content = encoded(picture(20 + number, 20), "PNG")
         write(folder / f"own/{number}.png", content if number % 3 else b"broken")
@@ -285,7 +277,7 @@ def index_of(*rows: tuple[str, str, str] | tuple[str, str, str, str]) -> pa.Tabl
     names = ("path", "version", "batch", "stage")
     common = {"label": None, "length": 5, "modified": THEN, "stage": None, "reason": None}
     described = [{**common, **dict(zip(names, row, strict=False))} for row in rows]
-    return pa.Table.from_pylist(described, _index_schema())
+    return pa.Table.from_pylist(described, index_schema())
 
 
 keys_drawn = st.lists(
@@ -324,7 +316,7 @@ def test_the_index_has_a_row_for_each_image_listed_and_no_other() -> None:
         ("dropped", "1", "batch-1"),
     )
     live = _live_index(images, known)
-    assert live.schema == _index_schema()
+    assert live.schema == index_schema()
     rows = live.select(["path", "version", "batch", "stage"]).to_pylist()
     assert [tuple(row.values()) for row in rows] == [
         ("a", "1", "batch-1", None),
@@ -439,7 +431,7 @@ def test_the_index_survives_its_file_and_knows_where_its_images_lie(table: Featu
     table.write_index(index, Address("fruits", "images é"))
     found = table.read_index()
     assert found is not None
-    assert found.cast(_index_schema()).equals(index)
+    assert found.cast(index_schema()).equals(index)
     assert table.images() == Address("fruits", "images é")
     assert largest_pass(found) is None
 
