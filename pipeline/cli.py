@@ -18,7 +18,7 @@ from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
 from pipeline.local.place import make_job, make_job_of_table, open_place
 from pipeline.local.sample import render_sample
-from pipeline.networks.backbones import BACKBONES
+from pipeline.networks.catalogue import DEFAULT, NETWORKS
 from pipeline.storage import Address, S3Settings, open_store
 from pipeline.upload import upload as upload_folder
 
@@ -31,16 +31,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _known(backbone: str | None) -> str | None:
+    if backbone is not None and backbone not in NETWORKS:
+        raise typer.BadParameter(f"expected one of {', '.join(NETWORKS)}, found {backbone!r}.")
+    return backbone
+
+
 Images = Annotated[str, typer.Argument(help="Where the images lie; a folder's name is the label.")]
 Output = Annotated[str, typer.Argument(help="Where features and result go.")]
-BackboneName = Annotated[
-    str, typer.Option(help="mobilenet_v2 or efficientnet_lite0.", callback=lambda b: _known(b))
-]
+BackboneName = Annotated[str, typer.Option(help=f"{' or '.join(NETWORKS)}.", callback=_known)]
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="A Keras file, an s3a:// address, or 'imagenet' (the default): Keras's own download "
-        "for mobilenet_v2, the installed ones for efficientnet_lite0."
+        help="A Keras file, an s3a:// address, or 'imagenet' (the default): what Keras downloads "
+        "for the network, or what is installed for efficientnet_lite0."
     ),
 ]
 InputSize = Annotated[
@@ -85,7 +90,7 @@ NOTEBOOK_OUTPUT = Path("notebook-output")
 def run(
     images: Images,
     output: Output,
-    backbone: BackboneName = "mobilenet_v2",
+    backbone: BackboneName = DEFAULT,
     weights: Weights = None,
     input_size: InputSize = 224,
     components: Components = None,
@@ -107,7 +112,7 @@ def run(
 def features(
     images: Images,
     output: Output,
-    backbone: BackboneName = "mobilenet_v2",
+    backbone: BackboneName = DEFAULT,
     weights: Weights = None,
     input_size: InputSize = 224,
     master: MasterUrl = None,
@@ -129,7 +134,8 @@ def features(
 def pca(
     output: Output,
     backbone: Annotated[
-        str | None, typer.Option(help="Whose features, where OUTPUT holds several.")
+        str | None,
+        typer.Option(help="Whose features, where OUTPUT holds several.", callback=_known),
     ] = None,
     components: Components = None,
     variance: Variance = 0.95,
@@ -183,7 +189,13 @@ def sample(
 def demo(
     images: ImagesHere = None,
     weights: WeightsHere = None,
-    backbone: Annotated[str | None, typer.Option(help="The network to use.")] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{' or '.join(NETWORKS)}; default: {DEFAULT}, if its weights can be had.",
+            callback=_known,
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the result is copied.")] = Path("demo-output"),
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the cluster up until Ctrl-C, with its pages.")
@@ -252,12 +264,6 @@ def deliverables(
     out.print(f"{folder / f'P8_{name}'} is complete: notebook, images and matrix, presentation.")
     for one in missed:
         out.print(f"[yellow]What a jury may miss: {one}.")
-
-
-def _known(backbone: str) -> str:
-    if backbone not in BACKBONES:
-        raise typer.BadParameter(f"expected one of {', '.join(BACKBONES)}, found {backbone!r}.")
-    return backbone
 
 
 def _pca_options(components: int | None, variance: float, standardize: bool) -> PCAOptions:

@@ -40,8 +40,8 @@ from pipeline.matrix import (
     quarantine_csv,
     write_matrix,
 )
-from pipeline.networks.backbones import Model
 from pipeline.networks.decode import BadImageError, decode
+from pipeline.networks.model import Model
 from pipeline.output import Run, check_output, check_run
 from pipeline.pca import PCA, Moments, State, moments_of
 from pipeline.storage import Address, ImageReader, S3Settings, open_store

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import OutputTakenError, StateError, StorageError
 from pipeline.matrix import NEXT, RESULT
-from pipeline.networks.backbones import Model
+from pipeline.networks.model import Model
 from pipeline.storage import Address, Store
 
 Run = dict[str, Any]  # the content of run.json

@@ -30,7 +30,7 @@ from pyspark.sql import types as st
 
 from pipeline.errors import StateError
 from pipeline.images import LISTING
-from pipeline.networks.backbones import Model
+from pipeline.networks.model import Model
 from pipeline.storage import Address, Store
 
 # Floats hardly shrink: what is read again and again had better be quick to unpack.

@@ -16,8 +16,8 @@ import pyarrow as pa
 from pyspark.accumulators import Accumulator
 from pyspark.core.broadcast import Broadcast
 
-from pipeline.networks.backbones import load_network
 from pipeline.networks.decode import MAX_BYTES, BadImageError, decode
+from pipeline.networks.model import load_network
 from pipeline.storage import ImageReader
 from pipeline.table import ARROW_ROWS, DECODE, READ
 

@@ -19,10 +19,11 @@ from xdist.remote import Producer
 
 from pipeline.cli import main
 from pipeline.console import err, out
-from pipeline.local.demo import unpack, weights_file
+from pipeline.local.given import unpack, weights_file
 from pipeline.local.loopback import Loopback, loopback_cluster
 from pipeline.local.sample import render_sample
-from pipeline.networks.backbones import BACKBONES, Model, find_weights, flatbuffer, identify
+from pipeline.networks.catalogue import NETWORKS
+from pipeline.networks.model import Model, find_weights, flatbuffer, identify
 from pipeline.storage import Address, BucketStore
 from tests.suites import Meter, Scheduling, Suites
 
@@ -81,7 +82,7 @@ def fruit_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_network() -> tuple[Model, bytes]:
     """A real network whose weights are always at hand, at its quickest size."""
     weights = find_weights("efficientnet_lite0", None)
-    model = identify(BACKBONES["efficientnet_lite0"], weights, 96)
+    model = identify(NETWORKS["efficientnet_lite0"], weights, 96)
     return model, flatbuffer(model, weights)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from pipeline.cluster.door import WHOLE_FILES
 from pipeline.console import observing, out
 from pipeline.errors import ClusterError
-from pipeline.local.demo import demo_images, images_named, place_with_images
+from pipeline.local.demo import place_with_images
+from pipeline.local.given import images_named, open_images
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -22,10 +23,10 @@ def open_lab(images: Path | None) -> None:
     Parameters
     ----------
     images
-        As for `pipeline.local.demo.demo_images`; None takes FRUITS_IMAGES.
+        As for `pipeline.local.given.open_images`; None takes FRUITS_IMAGES.
     """
     with ExitStack() as stack:
-        folder, told = stack.enter_context(demo_images(images or images_named()))
+        folder, told = stack.enter_context(open_images(images or images_named()))
         out.print(f"Images from {told}.")
         with observing() as observer:
             stack.enter_context(place_with_images(folder, observer))

@@ -16,7 +16,8 @@ from pipeline.engine.session import make_session, read_settings
 from pipeline.errors import StateError, StorageError
 from pipeline.job import Job, Observer
 from pipeline.local.loopback import loopback_cluster
-from pipeline.networks.backbones import BACKBONES, INPUT_SIZE, find_weights, flatbuffer, identify
+from pipeline.networks.catalogue import NETWORKS
+from pipeline.networks.model import INPUT_SIZE, find_weights, flatbuffer, identify
 from pipeline.storage import Address, S3Settings, open_store
 from pipeline.table import FeatureTable, models_in
 
@@ -93,7 +94,7 @@ def make_job(
         When an address or the weights cannot be used.
     """
     file = find_weights(backbone, _fetched(weights, place))
-    model = identify(BACKBONES[backbone], file, input_size)
+    model = identify(NETWORKS[backbone], file, input_size)
     return Job(
         images=Address.parse(images),
         output=Address.parse(output),

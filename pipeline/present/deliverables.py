@@ -20,13 +20,8 @@ from nbconvert import HTMLExporter
 
 from pipeline.console import observing, out
 from pipeline.errors import DeliverableError
-from pipeline.local.demo import (
-    check_target,
-    copy_result,
-    demo_images,
-    images_named,
-    place_with_images,
-)
+from pipeline.local.demo import check_target, copy_result, place_with_images
+from pipeline.local.given import images_named, open_images
 from pipeline.matrix import RESULT
 from pipeline.present.slides import SOURCE, build_presentation
 from pipeline.storage import (
@@ -62,7 +57,7 @@ def execute_notebook(images: Path | None, weights: str | None, target: Path) -> 
     """
     check_replaceable(target, {"fruits.ipynb", "fruits.html", "result"})
     check_target(target / "result")
-    with demo_images(images or images_named()) as (folder, told), replacing(target) as fresh:
+    with open_images(images or images_named()) as (folder, told), replacing(target) as fresh:
         out.print(f"Images from {told}.")
         with observing() as observer, place_with_images(folder, observer) as place:
             observer.stage("Running the notebook")

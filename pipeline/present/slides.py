@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from pipeline.errors import StateError
 from pipeline.local.sample import VARIETIES
+from pipeline.networks.catalogue import NETWORKS
 from pipeline.output import Run, read_run
 from pipeline.present.browser import print_to_pdf
 from pipeline.report.page import (
@@ -49,7 +50,6 @@ WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
 UNLABELLED = "sans étiquette"
 FRUITS_360 = "Photos : Fruits-360, Mihai Oltean, CC BY-SA 4.0."
 SAMPLE = "Images dessinées par le programme, pour l'exemple."
-NETWORKS = {"mobilenet_v2": "MobileNetV2", "efficientnet_lite0": "EfficientNet-Lite0"}
 STAGES = {
     "list": "lister",
     "model": "préparer le réseau",
@@ -138,7 +138,7 @@ def _page(run: dict[str, Any], store: Store, author: str, credit: str | None) ->
         run=run,
         auteur=author,
         credit=_credit(run) if credit is None else credit,
-        reseau=NETWORKS[run["model"]["network"]],
+        reseau=NETWORKS[run["model"]["network"]].title,
         varieties=_varieties(store),
         shares=[float(share) for share in shares],
         scaling=_scaling(run),

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.errors import FruitsError
-from pipeline.local.demo import demo_weights
+from pipeline.local.given import choose_weights
 from tests.benchmarks._common import Setup, measure_by_name, stop_on_sigterm
 from tests.benchmarks.results import Result, as_table, write_json
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     try:
-        _, weights, _ = demo_weights(None, "mobilenet_v2")
+        _, weights, _ = choose_weights(None, "mobilenet_v2")
     except FruitsError as error:
         console.print(f"benchmarks: {error}", soft_wrap=True)
         return 1

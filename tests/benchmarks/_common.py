@@ -16,10 +16,11 @@ from pipeline.engine.session import make_session
 from pipeline.features import Progress
 from pipeline.images import is_image
 from pipeline.job import Job, PCAOptions
-from pipeline.local.demo import demo_images
+from pipeline.local.given import open_images
 from pipeline.local.loopback import Loopback, loopback_cluster
 from pipeline.local.place import CLUSTERS
-from pipeline.networks.backbones import BACKBONES, Model, flatbuffer, identify
+from pipeline.networks.catalogue import NETWORKS
+from pipeline.networks.model import Model, flatbuffer, identify
 from pipeline.storage import Address, BucketStore, open_store
 from pipeline.table import FeatureTable
 from tests.benchmarks.results import Result
@@ -113,11 +114,11 @@ class Silent:
 @contextmanager
 def images_on_s3(setup: Setup, archive: str, count: int | None) -> Iterator[Place]:
     """Start a cluster and bring images to its S3, evenly chosen if `count` is less than all."""
-    model = identify(BACKBONES["mobilenet_v2"], setup.weights, 224)
+    model = identify(NETWORKS["mobilenet_v2"], setup.weights, 224)
     flatbuffer(model, setup.weights)  # into the user's cache, before anything is timed
     named = setup.source / archive
     with (
-        demo_images(named if named.exists() else setup.source) as (folder, _),
+        open_images(named if named.exists() else setup.source) as (folder, _),
         loopback_cluster(CLUSTERS) as cluster,
     ):
         found = (file for file in folder.rglob("*") if is_image(str(file)))

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.networks.backbones import load_network
 from pipeline.networks.decode import decode
+from pipeline.networks.model import load_network
 
 TENSORS = 256  # 38 MB of pixels: more than the caches of a core hold
 SECONDS = 10.0

@@ -130,7 +130,7 @@ def test_an_output_inside_the_images(fruits_here: Fruits, fruit_pictures: Path) 
 def test_weights_that_are_missing_broken_or_of_another_network(
     fruits_here: Fruits, fruit_pictures: Path, tmp_path: Path
 ) -> None:
-    from pipeline.networks.backbones import find_weights
+    from pipeline.networks.model import find_weights
 
     one_line_error(
         fruits_here("run", fruit_pictures, "out", "--weights", "none.h5"), "none.h5", "--weights"

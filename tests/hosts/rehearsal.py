@@ -29,7 +29,7 @@ import yaml
 from pipeline.engine.java import QUICK_START
 from pipeline.errors import FruitsError
 from pipeline.local import seaweed
-from pipeline.local.demo import demo_images, weights_file
+from pipeline.local.given import open_images, weights_file
 from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
 from pipeline.upload import upload
 from tests.hosts import snapshots
@@ -301,7 +301,7 @@ def main() -> int:
             return 0
         weights = weights_file(options.weights) if options.weights else None
         prepare_machine()
-        with demo_images(options.images) as (images, told):
+        with open_images(options.images) as (images, told):
             if options.fresh:
                 rehearsal.up(options.workers, cluster_metrics=options.metrics)
                 rehearsal.configure()

@@ -14,8 +14,8 @@ from pipeline.errors import StateError
 from pipeline.features import Progress, compute_features
 from pipeline.images import list_images
 from pipeline.local.loopback import Loopback
-from pipeline.networks.backbones import Model, load_network
 from pipeline.networks.decode import decode
+from pipeline.networks.model import Model, load_network
 from pipeline.storage import Address, BucketStore, ImageReader, open_store
 from pipeline.table import DECODE, READ, FeatureTable, Pass, as_lists, models_in, nothing_to_compute
 from tests.conftest import new_bucket

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.networks.backbones import Model
+from pipeline.networks.model import Model
 from tests.cli.test_messages import one_line_error
 from tests.conftest import Fruits
 from tests.corpus import bad_images

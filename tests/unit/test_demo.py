@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
-from pipeline.local.demo import check_target, copy_result, demo_images, demo_weights, weights_file
+from pipeline.local.demo import check_target, copy_result
+from pipeline.local.given import choose_weights, open_images, weights_file
 from pipeline.local.sample import VARIETIES
 from pipeline.matrix import RESULT
+from pipeline.networks.catalogue import NETWORKS
 from pipeline.storage import Address, FolderStore
 
 
@@ -47,7 +50,7 @@ def test_without_images_a_sample_is_rendered_for_the_time_of_the_demo(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pipeline.local.sample.VARIETIES", {"Lemon": VARIETIES["Lemon"]})
-    with demo_images(None) as (folder, said):
+    with open_images(None) as (folder, said):
         assert {file.split("/")[0] for file in contents(folder)} == {"Lemon"}
         assert "rendered sample" in said
     assert not folder.exists()
@@ -55,7 +58,7 @@ def test_without_images_a_sample_is_rendered_for_the_time_of_the_demo(
 
 def test_a_folder_of_images_is_taken_as_it_is(tmp_path: Path) -> None:
     write(tmp_path, Kiwi__0_jpg=b"1", more_tar=b"not even an archive")
-    with demo_images(tmp_path) as (folder, said):
+    with open_images(tmp_path) as (folder, said):
         assert folder == tmp_path
         assert said == str(tmp_path)
     assert contents(tmp_path) == {"Kiwi/0.jpg": b"1", "more.tar": b"not even an archive"}
@@ -64,11 +67,11 @@ def test_a_folder_of_images_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_archives_are_unpacked_for_the_time_of_the_demo(tmp_path: Path) -> None:
     one = archive(tmp_path / "1.tar", "Kiwi/0.jpg", "LICENSE")
     two = archive(tmp_path / "2.tar", "Plum é/0.jpg")
-    with demo_images(one) as (folder, said):
+    with open_images(one) as (folder, said):
         assert sorted(contents(folder)) == ["Kiwi/0.jpg", "LICENSE"]
         assert said == str(one)
     assert not folder.exists()
-    with demo_images(tmp_path) as (folder, said):
+    with open_images(tmp_path) as (folder, said):
         assert sorted(contents(folder)) == ["Kiwi/0.jpg", "LICENSE", "Plum é/0.jpg"]
         assert said == f"{one}, {two}"
     assert sorted(contents(tmp_path)) == ["1.tar", "2.tar"]
@@ -83,14 +86,14 @@ def test_what_holds_no_image_is_refused_with_its_path(tmp_path: Path) -> None:
         archive(tmp_path / "empty.tar"),
     ]
     for given in refused:
-        with pytest.raises(NoImagesError, match="Check IMAGES") as told, demo_images(given):
+        with pytest.raises(NoImagesError, match="Check IMAGES") as told, open_images(given):
             pytest.fail(f"{given} was taken")
         assert str(given) in str(told.value)
 
 
 def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     evil = archive(tmp_path / "in" / "evil.tar", "a.jpg", "../../../../evil.jpg")
-    with pytest.raises(NoImagesError, match="outside the destination"), demo_images(evil):
+    with pytest.raises(NoImagesError, match="outside the destination"), open_images(evil):
         pytest.fail("it was taken")
     assert not list(tmp_path.rglob("evil.jpg"))
 
@@ -105,7 +108,7 @@ def test_a_link_is_a_copy_and_never_a_way_out_and_times_are_kept(tmp_path: Path)
             member = tarfile.TarInfo(name)
             member.type, member.linkname, member.mtime = kind, to, 1_700_000_000
             content.addfile(member)
-    with demo_images(file) as (folder, _):
+    with open_images(file) as (folder, _):
         assert contents(folder) == dict.fromkeys(
             ("Kiwi/0.jpg", "Kiwi/1.jpg", "Kiwi/2.jpg"), b"Kiwi/0.jpg"
         )
@@ -117,7 +120,7 @@ def test_a_link_is_a_copy_and_never_a_way_out_and_times_are_kept(tmp_path: Path)
         member = tarfile.TarInfo("Kiwi/3.jpg")
         member.type, member.linkname = tarfile.SYMTYPE, str(out)
         content.addfile(member)
-    with pytest.raises(NoImagesError, match="linkname"), demo_images(file):
+    with pytest.raises(NoImagesError, match="linkname"), open_images(file):
         pytest.fail("it was taken")
 
 
@@ -138,10 +141,10 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Keras's download fail at once, as without a network."""
     monkeypatch.delenv("FRUITS_WEIGHTS", raising=False)
 
-    def fail() -> Path:
+    def fail(*_: object) -> Path:
         raise WeightsError("Keras could not download its MobileNetV2 weights")
 
-    monkeypatch.setattr("pipeline.networks.backbones._download_mobilenet_v2", fail)
+    monkeypatch.setattr("pipeline.networks.weights._download", fail)
 
 
 def test_weights_are_those_given_then_the_environments_then_keras(
@@ -149,23 +152,33 @@ def test_weights_are_those_given_then_the_environments_then_keras(
 ) -> None:
     given = write(tmp_path, given_h5=b"", named_h5=b"")
     (kerass,) = keras_home.iterdir()
-    assert demo_weights(None, None) == ("mobilenet_v2", kerass, None)
+    assert choose_weights(None, None) == ("mobilenet_v2", kerass, None)
     monkeypatch.setenv("FRUITS_WEIGHTS", str(given / "named.h5"))
-    assert demo_weights(None, None) == ("mobilenet_v2", given / "named.h5", None)
-    assert demo_weights(str(given / "given.h5"), None)[1] == given / "given.h5"
+    assert choose_weights(None, None) == ("mobilenet_v2", given / "named.h5", None)
+    assert choose_weights(str(given / "given.h5"), None)[1] == given / "given.h5"
+
+
+def test_a_network_that_is_asked_for_is_the_one_that_runs(
+    keras_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = replace(NETWORKS["mobilenet_v2"], name="other", weights=lambda: tmp_path / "other.h5")
+    monkeypatch.setitem(NETWORKS, "other", other)
+    monkeypatch.setenv("FRUITS_WEIGHTS", str(tmp_path / "of_mobilenet.h5"))
+    assert choose_weights(None, "other") == ("other", tmp_path / "other.h5", None)
+    assert choose_weights(None, "efficientnet_lite0")[0] == "efficientnet_lite0"
 
 
 def test_a_folder_stands_for_the_one_weights_file_in_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "weights", a_h5=b"", README_md=b"")
-    assert demo_weights(str(folder), None)[1] == folder / "a.h5"
+    assert choose_weights(str(folder), None)[1] == folder / "a.h5"
 
 
 def test_a_folder_of_several_weights_or_none_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     folder = write(tmp_path / "weights", a_h5=b"", b_h5=b"")
     with pytest.raises(WeightsError, match=r"found a\.h5, b\.h5"):
-        demo_weights(str(folder), None)
+        choose_weights(str(folder), None)
     with pytest.raises(WeightsError, match="found none"):
-        demo_weights(str(tmp_path), None)
+        choose_weights(str(tmp_path), None)
 
 
 def test_a_file_of_weights_that_is_not_there_is_told_before_anything_starts(tmp_path: Path) -> None:
@@ -176,7 +189,7 @@ def test_a_file_of_weights_that_is_not_there_is_told_before_anything_starts(tmp_
 def test_without_a_download_the_other_network_takes_its_place_and_says_so(
     no_download: None,
 ) -> None:
-    backbone, weights, said = demo_weights(None, None)
+    backbone, weights, said = choose_weights(None, None)
     assert backbone == "efficientnet_lite0"
     assert weights.is_file()
     assert said is not None
@@ -188,14 +201,14 @@ def test_what_was_asked_for_by_name_is_never_replaced(
     no_download: None, given: str | None, backbone: str | None
 ) -> None:
     with pytest.raises(WeightsError, match="could not download"):
-        demo_weights(given, backbone)
+        choose_weights(given, backbone)
 
 
 def test_the_other_network_may_be_asked_for(
     no_download: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FRUITS_WEIGHTS", str(tmp_path / "of mobilenet_v2.h5"))
-    backbone, weights, said = demo_weights(None, "efficientnet_lite0")
+    backbone, weights, said = choose_weights(None, "efficientnet_lite0")
     assert (backbone, said) == ("efficientnet_lite0", None)
     assert weights.suffix == ".pth"
 

@@ -24,8 +24,8 @@ from pipeline.errors import StateError
 from pipeline.features import _count_gone, _live_index, _not_in
 from pipeline.images import LISTING, list_images
 from pipeline.job import _digests
-from pipeline.networks.backbones import Model
 from pipeline.networks.decode import BadImageError
+from pipeline.networks.model import Model
 from pipeline.storage import Address, FolderStore, ImageReader, S3Settings
 from pipeline.table import (
     ARROW_ROWS,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import OutputTakenError
-from pipeline.networks.backbones import Model
+from pipeline.networks.model import Model
 from pipeline.output import check_output, check_run
 from pipeline.storage import Address, FolderStore
 

@@ -14,20 +14,14 @@ import numpy as np
 import pytest
 
 from pipeline.errors import WeightsError
-from pipeline.networks import backbones
-from pipeline.networks.backbones import (
-    BACKBONES,
-    HDF5,
-    KERAS_WEIGHTS,
-    Model,
-    find_weights,
-    flatbuffer,
-    identify,
-    load_network,
-)
+from pipeline.networks import weights as weights_of
+from pipeline.networks.catalogue import NETWORKS, Network, Scaling, keras_application
 from pipeline.networks.decode import PREPROCESSING
+from pipeline.networks.model import Model, convert, find_weights, flatbuffer, identify, load_network
+from pipeline.networks.weights import HDF5
 
-MOBILENET = BACKBONES["mobilenet_v2"]
+MOBILENET = NETWORKS["mobilenet_v2"]
+KERAS_FILE = Path("mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5")
 
 
 @pytest.fixture
@@ -53,11 +47,11 @@ def test_whatever_changes_the_features_changes_the_id(
 ) -> None:
     ids = {identify(MOBILENET, weights, 224).id}
     ids.add(identify(MOBILENET, weights, 192).id)
-    ids.add(identify(BACKBONES["efficientnet_lite0"], weights, 224).id)
-    ids.add(identify(replace(MOBILENET, scale=1 / 255), weights, 224).id)
-    ids.add(identify(replace(MOBILENET, offset=0.0), weights, 224).id)
+    ids.add(identify(NETWORKS["efficientnet_lite0"], weights, 224).id)
+    ids.add(identify(replace(MOBILENET, scaling=Scaling(1 / 255, -1.0)), weights, 224).id)
+    ids.add(identify(replace(MOBILENET, scaling=Scaling(1 / 127.5, 0.0)), weights, 224).id)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.networks.backbones.PREPROCESSING", PREPROCESSING + ", sharpened")
+        patch.setattr("pipeline.networks.model.PREPROCESSING", PREPROCESSING + ", sharpened")
         ids.add(identify(MOBILENET, weights, 224).id)
     weights.write_bytes(b"the bytes of other weights")
     ids.add(identify(MOBILENET, weights, 224).id)
@@ -126,8 +120,8 @@ def server(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> Iterator[None]:
     """Let the weights lie on a server that gives this answer to one connection."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor() as beside:
-        address = f"http://127.0.0.1:{listening.getsockname()[1]}/{Path(KERAS_WEIGHTS).name}"
-        monkeypatch.setattr(backbones, "KERAS_WEIGHTS", address)
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        monkeypatch.setattr(weights_of, "KERAS", address)
 
         def serve() -> None:
             connection, _ = listening.accept()
@@ -157,7 +151,7 @@ def test_the_weights_lie_where_keras_has_them_from(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module.file_utils, "get_file", get_file)
     with pytest.raises(OSError):
         keras.applications.MobileNetV2(include_top=False, input_shape=(224, 224, 3))
-    assert asked == [(Path(KERAS_WEIGHTS).name, KERAS_WEIGHTS)]
+    assert asked == [(KERAS_FILE.name, f"{weights_of.KERAS}{KERAS_FILE}")]
 
 
 def test_weights_are_downloaded_once_and_whole_into_kerass_cache(
@@ -166,7 +160,7 @@ def test_weights_are_downloaded_once_and_whole_into_kerass_cache(
     content = HDF5 + np.random.default_rng(0).bytes(1_000_000)
     with server(monkeypatch, http(content)):
         file = find_weights("mobilenet_v2", None)
-    assert file == keras_home / "models" / Path(KERAS_WEIGHTS).name
+    assert file == keras_home / "models" / KERAS_FILE.name
     assert file.read_bytes() == content
     assert find_weights("mobilenet_v2", "imagenet") == file, "with no server any more"
     assert list((keras_home / "models").iterdir()) == [file]
@@ -196,12 +190,10 @@ def test_what_is_no_whole_file_of_weights_is_not_kept(
 def test_a_server_that_does_not_answer_is_left_after_seconds(
     keras_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert backbones.SECONDS_TO_ANSWER <= 5
-    monkeypatch.setattr(backbones, "SECONDS_TO_ANSWER", 0.2)
+    assert weights_of.SECONDS_TO_ANSWER <= 5
+    monkeypatch.setattr(weights_of, "SECONDS_TO_ANSWER", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(
-            backbones, "KERAS_WEIGHTS", f"http://127.0.0.1:{silent.getsockname()[1]}/weights.h5"
-        )
+        monkeypatch.setattr(weights_of, "KERAS", f"http://127.0.0.1:{silent.getsockname()[1]}/")
         with pytest.raises(WeightsError, match=r"could not download .*timed out"):
             find_weights("mobilenet_v2", None)
 
@@ -245,12 +237,13 @@ def pictures(size: int) -> np.ndarray:
 
 def assert_keras_agrees(model: Model, weights: Path, content: bytes) -> None:
     pytest.importorskip("keras")
-    backbone = BACKBONES[model.network]
+    network_of = NETWORKS[model.network]
     pixels = pictures(model.input_size)
     network = load_network(content)
     found = np.stack([network(one) for one in pixels])
-    scaled = pixels.astype(np.float32) * backbone.scale + backbone.offset
-    expected = backbone.build(weights, model.input_size)(scaled, training=False).numpy()
+    scaling = network_of.scaling
+    scaled = pixels.astype(np.float32) * scaling.scale + scaling.offset
+    expected = network_of.build(weights, model.input_size)(scaled, training=False).numpy()
     assert found.dtype == np.float32
     assert found.shape == expected.shape == (4, model.dimensions)
     assert np.abs(expected).max() > 1
@@ -268,3 +261,37 @@ def test_litert_gives_efficientnets_features_as_keras_does(
 ) -> None:
     model, content = small_network
     assert_keras_agrees(model, find_weights(model.network, None), content)
+
+
+def test_another_network_of_keras_is_one_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(1)
+    resnet50 = keras.applications.ResNet50(
+        weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg"
+    )
+    file = tmp_path / "resnet50.weights.h5"
+    resnet50.save_weights(file)
+
+    means = (-103.939, -116.779, -123.68)  # of ImageNet's blue, green and red
+    entry = Network(
+        "resnet50",
+        "ResNet50",
+        dimensions=2048,
+        scaling=Scaling(1.0, means, bgr=True),
+        build=keras_application("ResNet50"),
+        weights=lambda: file,
+    )
+    monkeypatch.setitem(NETWORKS, "resnet50", entry)
+    model = identify(entry, find_weights("resnet50", None), 32)
+    assert model.id.startswith("resnet50-32-")
+    assert "BGR" in model.preprocessing
+
+    network = load_network(convert(entry, 32, file))
+    pixels = pictures(32)
+    found = np.stack([network(one) for one in pixels])
+    scaled = keras.applications.resnet50.preprocess_input(pixels.astype(np.float32))
+    expected = resnet50(scaled, training=False).numpy()
+    assert found.shape == (4, model.dimensions)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())

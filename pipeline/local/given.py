@@ -1,0 +1,135 @@
+"""The images and weights that a user names: a folder, an archive, a file, or nothing at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import NoImagesError, WeightsError
+from pipeline.images import is_image
+from pipeline.local.sample import render_sample
+from pipeline.networks.catalogue import DEFAULT, NETWORKS
+from pipeline.networks.model import find_weights
+
+
+def images_named() -> Path | None:
+    """Return the images that FRUITS_IMAGES names, if it does."""
+    named = os.environ.get("FRUITS_IMAGES")
+    return Path(named) if named else None
+
+
+@contextmanager
+def open_images(given: Path | None) -> Iterator[tuple[Path, str]]:
+    """Yield a folder of images and where they come from, in a few words.
+
+    A folder is taken as it is; a .tar archive, or a folder that holds nothing but archives, is
+    unpacked for the time of the demo; None renders a sample.
+
+    Raises
+    ------
+    NoImagesError
+        When what is given holds no image.
+    """
+    with tempfile.TemporaryDirectory(prefix="fruits-") as scratch:
+        unpacked = Path(scratch) / "images"
+        if given is None:
+            render_sample(unpacked)
+            yield unpacked, "a rendered sample (give your own with IMAGES=folder)"
+            return
+        if _holds_an_image(given):
+            yield given, str(given)
+            return
+        archives = [given] if given.is_file() else sorted(given.glob("*.tar"))
+        for archive in archives:
+            unpack(archive, unpacked)
+        if not _holds_an_image(unpacked):
+            raise NoImagesError(
+                f"expected images, in a folder or in .tar archives, at {given}, found none. "
+                "Check IMAGES, or leave it out for a rendered sample."
+            )
+        yield unpacked, ", ".join(str(archive) for archive in archives)
+
+
+def _holds_an_image(folder: Path) -> bool:
+    return any(is_image(str(file)) for file in folder.rglob("*"))
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the files of a .tar archive below a folder, links as copies of what they name.
+
+    `TarFile.extractall` is as safe from Python 3.11.4 on; Debian 12 has 3.11.2.
+
+    Raises
+    ------
+    NoImagesError
+        If it is no archive, or one of its names leads out of the folder.
+    """
+    try:
+        with tarfile.open(archive) as content:
+            for member in content:
+                source = content.extractfile(member)
+                if source is None:
+                    continue
+                target = (folder / member.name.lstrip("/")).resolve()
+                if not target.is_relative_to(folder.resolve()):
+                    raise tarfile.TarError(f"{member.name} leads outside the destination")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                os.utime(target, (member.mtime, member.mtime))
+    except (tarfile.TarError, OSError, KeyError) as error:
+        raise NoImagesError(
+            f"expected a .tar archive of images at {archive}, found: {error}. Check IMAGES."
+        ) from error
+
+
+def choose_weights(given: str | None, backbone: str | None) -> tuple[str, Path, str | None]:
+    """Choose the network and its weights; return (backbone, weights file, a line to say).
+
+    The network asked for, else the default one, whose weights FRUITS_WEIGHTS may name; if these
+    cannot be had, its fallback, whose weights are installed. Never random ones.
+
+    Raises
+    ------
+    WeightsError
+        When a network or weights were asked for by name and cannot be had.
+    """
+    network = NETWORKS[backbone or DEFAULT]
+    if network.name == DEFAULT:
+        given = given or os.environ.get("FRUITS_WEIGHTS") or None
+    if given and Path(given).is_dir():
+        given = str(weights_file(Path(given)))
+    try:
+        return network.name, find_weights(network.name, given), None
+    except WeightsError:
+        if given or backbone or network.fallback is None:
+            raise
+        fallback = NETWORKS[network.fallback]
+        told = (
+            f"{network.title}'s weights could not be downloaded: {fallback.title} takes its place "
+            "(give weights with WEIGHTS=file.h5)"
+        )
+        return fallback.name, fallback.weights(), told
+
+
+def weights_file(given: Path) -> Path:
+    """Return the file of weights that is given, or the only one of the folder that is.
+
+    Raises
+    ------
+    WeightsError
+        When there is none, or the folder holds several.
+    """
+    files = sorted(given.glob("*.h5")) if given.is_dir() else [given]
+    if len(files) != 1 or not files[0].is_file():
+        found = ", ".join(file.name for file in files if file.is_file()) or "none"
+        raise WeightsError(
+            f"expected a .h5 file, or a folder with one in it, at {given}, found {found}. "
+            "Name the file: WEIGHTS=file.h5"
+        )
+    return files[0]
