@@ -24,7 +24,7 @@ from pipeline.demo import unpack, weights_file
 from pipeline.laptop import Loopback, loopback_cluster
 from pipeline.sample import render_sample
 from pipeline.storage import Address, BucketStore
-from tests.suites import Meter, Scheduling, Suites
+from tests.suites import LONGEST, Meter, Scheduling, Suites
 
 PROJECT = Path(__file__).parent.parent
 
@@ -42,6 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Meter())
     if not is_worker:
         config.pluginmanager.register(Suites(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin each folder with its longest file, so that both processes end together."""
+    folders = [item.path.parent for item in items]
+    order = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
+    items.sort(key=lambda item: (order[item.path.parent], item.path.name not in LONGEST))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
