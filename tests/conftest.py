@@ -25,7 +25,7 @@ from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, find_weights, flatbuffer, identify
 from pipeline.storage import Address, BucketStore
-from tests.suites import Meter, Scheduling, Suites
+from tests.suites import LONGEST, Meter, Scheduling, Suites
 
 PROJECT = Path(__file__).parent.parent
 
@@ -43,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Meter())
     if not is_worker:
         config.pluginmanager.register(Suites(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin each folder with its longest file, so that both processes end together."""
+    folders = [item.path.parent for item in items]
+    order = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
+    items.sort(key=lambda item: (order[item.path.parent], item.path.name not in LONGEST))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:

@@ -15,6 +15,9 @@ from _pytest.terminal import TerminalReporter
 from xdist.scheduler import LoadScopeScheduling
 
 
+LONGEST = {"test_site.py"}  # the files that take longest in their folders
+
+
 def suite_of(nodeid: str) -> str:
     """Return the suite of a test."""
     file = nodeid.split("::")[0]

@@ -255,7 +255,7 @@ def test_a_job_survives_each_loss_by_itself(
 
 
 def test_a_driver_killed_on_a_bad_day_of_s3_and_the_job_started_again(job: Job) -> None:
-    with job.s3(Behaviour(refused=0.05, hung=0.01)) as (conf, proxy):
+    with job.s3(Behaviour(refused=0.05, hung=0.005)) as (conf, proxy):
         running = job.work.start(job.output, conf)
         store = open_store(Address(BUCKET, job.output), job.rehearsal.s3)
 
