@@ -14,7 +14,6 @@ import pytest
 from _pytest.terminal import TerminalReporter
 from xdist.scheduler import LoadScopeScheduling
 
-
 LONGEST = {"test_site.py"}  # the files that take longest in their folders
 
 
