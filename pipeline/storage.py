@@ -279,11 +279,11 @@ class BucketStore:
     @cached_property
     def client(self) -> Any:
         """The S3 client; its own retries cover throttling and short outages."""
-        import boto3
         from botocore.config import Config
 
-        return boto3.client(
-            "s3",
+        from pipeline.pages import client
+
+        return client(
             endpoint_url=self.s3.endpoint,
             region_name=self.s3.region,
             aws_access_key_id=self.s3.access_key,
@@ -299,19 +299,15 @@ class BucketStore:
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every object below the prefix; folder markers (`name/`, empty) are none."""
+        from pipeline.pages import pages_of
+
         root = f"{self.address.path}/" if self.address.path else ""
-        pages = self.client.get_paginator("list_objects_v2")
         with self._readable_errors():
-            for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix):
-                for item in page.get("Contents", []):
-                    if item["Key"].endswith("/") and item["Size"] == 0:
-                        continue
-                    yield Entry(
-                        item["Key"].removeprefix(root),
-                        item["Size"],
-                        item["LastModified"].astimezone(UTC),
-                        item["ETag"].strip('"'),
-                    )
+            for page in pages_of(self.client, str(self.bucket), root + prefix):
+                for key, length, modified, version in page.objects():
+                    if not (key.endswith("/") and length == 0):
+                        time = datetime.fromisoformat(modified)
+                        yield Entry(key.removeprefix(root), length, time, version)
 
     def read(self, key: str) -> bytes | None:
         """Return an object's bytes, None if there is none."""

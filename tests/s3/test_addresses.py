@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import boto3
 import pytest
 
 from pipeline.errors import NoImagesError, StorageError
 from pipeline.images import list_images
 from pipeline.local.loopback import Loopback
 from pipeline.local.ports import free_ports
+from pipeline.pages import pages_of
 from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open_store
 from pipeline.upload import upload
 from tests.corpus import encoded, good_images, picture
@@ -66,6 +70,32 @@ def test_every_name_that_s3_allows_can_be_listed_and_read(bucket: BucketStore) -
     read = ImageReader(store.address, bucket.s3).open()
     for row in listing:
         assert read(row["path"]) == (images[row["path"]], row["version"])
+
+
+def test_many_pages_of_odd_keys_side_by_side_are_those_of_boto3(bucket: BucketStore) -> None:
+    folders = ("Kiwi", "Kiwi 2", "Kiwi-3", "a//b", "é", "deep/er/still", "%41+")
+    odd = ["loose.jpg", "/first.jpg", "x/", "a/b.jpg", "tab\t.jpg", "<&>.jpg"]
+    keys = [*odd, *(f"{folder}/{number}.jpg" for folder in folders for number in range(15))]
+    theirs = boto3.client(
+        "s3",
+        endpoint_url=bucket.s3.endpoint,
+        region_name=bucket.s3.region,
+        aws_access_key_id=bucket.s3.access_key,
+        aws_secret_access_key=bucket.s3.secret_key,
+    )
+    with ThreadPoolExecutor(8) as pool:
+        put = partial(theirs.put_object, Bucket=bucket.bucket, Body=b"x")
+        list(pool.map(lambda key: put(Key=key), keys))
+    expected = {
+        (one["Key"], one["Size"], one["ETag"].strip('"'))
+        for page in theirs.get_paginator("list_objects_v2").paginate(Bucket=bucket.bucket)
+        for one in page["Contents"]
+    }
+    pages = list(pages_of(bucket.client, str(bucket.bucket), "", at_once=4, size=10))
+    found = [(key, length, tag) for page in pages for key, length, _, tag in page.objects()]
+    assert len(pages) > 10
+    assert len(found) == len(set(found))
+    assert set(found) == expected
 
 
 def test_an_image_that_is_gone_or_whose_key_cannot_be_asked_for_raises_what_the_pass_expects(

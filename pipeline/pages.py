@@ -1,0 +1,171 @@
+"""Pages of an S3 listing: parsed fast, and asked for several prefixes at a time.
+
+botocore signs, retries and renews credentials as it does for all else; only its parser is replaced
+for this one answer. It takes some 100 ms of processor time for the 1,000 keys of a page. Keys come
+as S3 has them, whatever their slashes and dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree as ET
+
+import boto3
+from botocore.parsers import (
+    PROTOCOL_PARSERS,
+    ResponseParserError,
+    ResponseParserFactory,
+    RestXMLParser,
+)
+from botocore.session import get_session
+
+PREFIXES_AT_ONCE = 16
+LEVELS = 3  # of folders that are looked through for prefixes to list side by side
+
+
+class Page(NamedTuple):
+    """Up to 1,000 objects, a column for each of their properties.
+
+    Attributes
+    ----------
+    keys, lengths, modified, versions
+        The key, bytes, time as S3 writes it (`2026-01-31T12:00:00.000Z`) and ETag of each object.
+    prefixes
+        What lies one level below, where a delimiter was given.
+    token
+        What to ask for the next page with; None after the last.
+    """
+
+    keys: list[str]
+    lengths: list[int]
+    modified: list[str]
+    versions: list[str]
+    prefixes: list[str]
+    token: str | None
+
+    def objects(self) -> Iterator[tuple[str, int, str, str]]:
+        """Yield key, length, time and ETag of each object."""
+        return zip(self.keys, self.lengths, self.modified, self.versions, strict=True)
+
+
+def parse_page(body: bytes) -> Page:
+    """Read the XML of a ListObjectsV2 answer.
+
+    Raises
+    ------
+    ResponseParserError
+        When it is none, as botocore's own parser does.
+    """
+    try:
+        root = ET.fromstring(body)  # noqa: S314  from S3, and expat bounds what entities become
+    except ET.ParseError as error:
+        raise ResponseParserError(f"expected a page of an S3 listing, found {error}") from error
+    space = root.tag.removesuffix("ListBucketResult")
+
+    def column(name: str) -> list[str]:
+        return [found.text or "" for found in root.iter(f"{space}{name}")]
+
+    keys = column("Key")
+    prefixes = [found.text or "" for found in root.iterfind(f"{space}CommonPrefixes/{space}Prefix")]
+    if root.findtext(f"{space}EncodingType") == "url":  # what XML cannot hold comes as %0D
+        keys = [unquote_plus(key) if "%" in key or "+" in key else key for key in keys]
+        prefixes = [unquote_plus(name) for name in prefixes]
+    page = Page(
+        keys,
+        [int(size) for size in column("Size")],
+        column("LastModified"),
+        [tag.strip('"') for tag in column("ETag")],
+        prefixes,
+        root.findtext(f"{space}NextContinuationToken"),
+    )
+    if not len(keys) == len(page.lengths) == len(page.modified) == len(page.versions):
+        raise ResponseParserError("expected size, time and ETag of each object of an S3 listing")
+    return page
+
+
+class _Parser(RestXMLParser):  # type: ignore[misc]
+    """botocore's parser, but for pages of a listing."""
+
+    def _do_parse(self, response: dict[str, Any], shape: Any) -> Any:
+        if shape is not None and shape.name == "ListObjectsV2Output":
+            return {"Page": parse_page(response["body"])}
+        return super()._do_parse(response, shape)
+
+
+class _ParserFactory(ResponseParserFactory):  # type: ignore[misc]
+    def create_parser(self, protocol_name: str) -> Any:
+        parser = _Parser if protocol_name == "rest-xml" else PROTOCOL_PARSERS[protocol_name]
+        return parser(**self._defaults)
+
+
+def client(**options: Any) -> Any:
+    """Return boto3's S3 client whose `list_objects_v2` answers with a `Page`, under that name."""
+    session = get_session()
+    session.register_component("response_parser_factory", _ParserFactory())
+    return boto3.Session(botocore_session=session).client("s3", **options)
+
+
+class _Part(NamedTuple):
+    """Something to ask for: all below a prefix, or the one level there."""
+
+    prefix: str
+    is_level: bool
+    depth: int
+    token: str | None = None
+
+
+def pages_of(
+    s3: Any, bucket: str, prefix: str, *, at_once: int = PREFIXES_AT_ONCE, size: int = 1000
+) -> Iterator[Page]:
+    """Yield the pages of all keys below a prefix, in no order; each key is in one of them.
+
+    The folders below are listed side by side, which needs no order of keys: some servers have one
+    of their own. A level of more than a page is listed as a whole, one page after the other.
+    Memory holds a page for each of the `at_once` requests, and a page's worth of prefixes a level.
+
+    Parameters
+    ----------
+    s3
+        What `client` returns.
+    size
+        Keys of a page; S3 gives 1,000 at the most.
+    """
+
+    def ask(part: _Part) -> Page:
+        more = {"Delimiter": "/"} if part.is_level else {}
+        if part.token is not None:
+            more["ContinuationToken"] = part.token
+        page: Page = s3.list_objects_v2(Bucket=bucket, Prefix=part.prefix, MaxKeys=size, **more)[
+            "Page"
+        ]
+        return page
+
+    first = ask(_Part(prefix, is_level=False, depth=0))
+    if first.token is None:
+        yield first
+        return
+    todo = [_Part(prefix, is_level=True, depth=0)]
+    running: dict[Future[Page], _Part] = {}
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        while todo or running:
+            while todo and len(running) < at_once:
+                part = todo.pop()
+                running[pool.submit(ask, part)] = part
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for answer in done:
+                part, page = running.pop(answer), answer.result()
+                if part.is_level and page.token is not None:
+                    todo.append(part._replace(is_level=False))
+                    continue
+                yield page
+                if page.token is not None:
+                    todo.append(part._replace(token=page.token))
+                below = len(todo) + len(running) + len(page.prefixes)
+                is_level = below < at_once and part.depth + 1 < LEVELS
+                todo += [_Part(name, is_level, part.depth + 1) for name in page.prefixes]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
