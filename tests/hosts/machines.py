@@ -223,8 +223,10 @@ class Machines:
         self.network.cut(self.ledger.number_of(name))
 
     def mend(self, name: str) -> None:
-        """Put a host's network cable back."""
-        self.network.mend(self.ledger.number_of(name))
+        """Put a host's network cable back; one without power gets a new one when it boots."""
+        number = self.ledger.number_of(name)
+        if self._supervisor(name) is not None:
+            self.network.mend(number)
 
     def open_port(self, port: int) -> None:
         """Let hosts reach a TCP port of this machine from now on."""
