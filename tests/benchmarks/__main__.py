@@ -26,7 +26,16 @@ from pipeline.local.given import choose_weights
 from tests.benchmarks._common import Setup, measure_by_name, stop_on_sigterm
 from tests.benchmarks.results import Result, as_table, write_json
 
-BENCHMARKS = ("features", "features_25ms", "notebook", "pca", "rerun", "memory", "correctness")
+BENCHMARKS = (
+    "features",
+    "features_25ms",
+    "listing",
+    "notebook",
+    "pca",
+    "rerun",
+    "memory",
+    "correctness",
+)
 RESULTS = Path("bench-results.json")
 
 console = Console(highlight=False)

@@ -1,0 +1,132 @@
+"""What does a page of a listing cost, and how long do many take when each is a round trip away?
+
+A stand-in renders pages of 1,000 keys, in a process of its own: 40 folders of 5 pages each, every
+answer held back for 50 ms. The same client asks for them twice: by boto3's own pages, and by
+`pipeline.pages`. `listing_cpu` is the processor time of a page by ours over that by boto3's,
+signing and HTTP included; `listing_wall` is boto3's time for all of them over ours.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import boto3
+
+from pipeline.pages import client, pages_of
+from tests.benchmarks._common import Setup
+from tests.benchmarks.results import Result
+
+FOLDERS, PAGES, KEYS = 40, 5, 1000
+SECONDS_AWAY = 0.05
+
+
+def measure(_: Setup) -> list[Result]:
+    """Return the ratios, and the figures that they are made of."""
+    with subprocess.Popen([sys.executable, "-m", __name__], stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        options: dict[str, Any] = {
+            "endpoint_url": f"http://127.0.0.1:{int(server.stdout.readline())}",
+            "region_name": "us-east-1",
+            "aws_access_key_id": "key",
+            "aws_secret_access_key": "secret",
+        }
+        try:
+            boto3_cpu, boto3_wall = _timed(lambda: _boto3(boto3.client("s3", **options)))
+            our_cpu, our_wall = _timed(lambda: _ours(client(**options)))
+        finally:
+            server.terminate()
+    pages = FOLDERS * PAGES
+    return [
+        Result("listing_cpu", our_cpu / boto3_cpu, "ratio", "<= 0.143"),
+        Result("listing_wall", boto3_wall / our_wall, "times", ">= 8"),
+        Result("listing_page_boto3", boto3_cpu / pages * 1000, "CPU ms"),
+        Result("listing_page", our_cpu / pages * 1000, "CPU ms"),
+    ]
+
+
+def _timed(listed: Callable[[], Iterator[str]]) -> tuple[float, float]:
+    """Return the processor's and the wall's seconds of a listing, which must be whole."""
+    cpu, wall = time.process_time(), time.monotonic()
+    found = set(listed())
+    used = time.process_time() - cpu, time.monotonic() - wall
+    if len(found) != FOLDERS * PAGES * KEYS:
+        raise RuntimeError(f"expected {FOLDERS * PAGES * KEYS} keys, found {len(found)}")
+    return used
+
+
+def _boto3(s3: Any) -> Iterator[str]:
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket="b", Prefix="images/"):
+        yield from (one["Key"] for one in page["Contents"])
+
+
+def _ours(s3: Any) -> Iterator[str]:
+    for page in pages_of(s3, "b", "images/"):
+        yield from page.keys
+
+
+class _Pages(BaseHTTPRequestHandler):
+    """S3's ListObjectsV2 of FOLDERS times PAGES times KEYS rendered objects below `images/`."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet
+
+    def do_GET(self) -> None:
+        asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        time.sleep(SECONDS_AWAY)
+        if "delimiter" in asked:
+            body = _level() if asked["prefix"] == "images/" else b""
+        else:
+            body = _page(asked["prefix"], int(asked.get("continuation-token", 0)))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+_HEAD = (
+    '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult '
+    'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name><EncodingType>url</EncodingType>'
+)
+
+
+def _level() -> bytes:
+    folders = "".join(
+        f"<CommonPrefixes><Prefix>images/{number:02}/</Prefix></CommonPrefixes>"
+        for number in range(FOLDERS)
+    )
+    return f"{_HEAD}<IsTruncated>false</IsTruncated>{folders}</ListBucketResult>".encode()
+
+
+def _page(prefix: str, number: int) -> bytes:
+    """Render a page; the first of all folders is followed by the others' first to last."""
+    folder = prefix.removeprefix("images/").removesuffix("/")
+    pages = PAGES if folder else FOLDERS * PAGES
+    name, page = (folder, number) if folder else (f"{number // PAGES:02}", number % PAGES)
+    objects = "".join(
+        f"<Contents><Key>images/{name}/Apple+Braeburn+{page}_{key:04}_100.jpg</Key>"
+        "<LastModified>2026-01-31T12:00:00.000Z</LastModified>"
+        f"<ETag>&quot;{key:032x}&quot;</ETag><Size>{4000 + key}</Size>"
+        "<StorageClass>STANDARD</StorageClass></Contents>"
+        for key in range(KEYS)
+    )
+    is_last = number + 1 == pages
+    more = "" if is_last else f"<NextContinuationToken>{number + 1}</NextContinuationToken>"
+    told = f"<IsTruncated>{str(not is_last).lower()}</IsTruncated>{more}"
+    return f"{_HEAD}{told}{objects}</ListBucketResult>".encode()
+
+
+if __name__ == "__main__":
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
+    print(listening.server_address[1], flush=True)
+    listening.serve_forever()
