@@ -25,9 +25,10 @@ from botocore.parsers import (
 from botocore.session import get_session
 
 PREFIXES_AT_ONCE = 16
-END = "</ListBucketResult>"
-_ODD = re.compile("[%+&]").search
 LEVELS = 3  # of folders that are looked through for prefixes to list side by side
+
+END = "</ListBucketResult>"
+is_odd = re.compile("[%+&]").search  # a key that is not written as it is
 
 
 class Page(NamedTuple):
@@ -75,11 +76,11 @@ def parse_page(body: bytes) -> Page:
         return re.findall(f"{before}<{name}>([^<]*)</{name}>", text)
 
     page = Page(
-        [read(key) if _ODD(key) else key for key in column("Key")],
+        [read(key) if is_odd(key) else key for key in column("Key")],
         [int(size) for size in column("Size")],
         column("LastModified"),
         [tag.replace("&quot;", "").replace("&#34;", "").strip('"') for tag in column("ETag")],
-        [read(name) for name in column("Prefix", before="<CommonPrefixes>")],
+        [read(name) for name in column("Prefix", before=r"<CommonPrefixes>\s*")],
         next(map(unescape, column("NextContinuationToken")), None),
     )
     expected = text.count("<Contents>")
