@@ -1,8 +1,8 @@
 """Pages of an S3 listing: parsed fast, and asked for several prefixes at a time.
 
-botocore signs, retries and renews credentials as it does for all else; only its parser is replaced
-for this one answer. It takes some 100 ms of processor time for the 1,000 keys of a page. Keys come
-as S3 has them, whatever their slashes and dots.
+botocore signs, retries and renews credentials as it does for all else; only its parser, which takes
+some 100 ms of processor time for the 1,000 keys of a page, is replaced for this one answer. Keys
+come as S3 has them, whatever their slashes and dots.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote_plus
 from xml.sax.saxutils import escape
@@ -26,7 +27,7 @@ KEYS = st.text(
 )
 
 
-def answer(keys: list[str], prefixes: list[str] = [], token: str | None = None) -> bytes:  # noqa: B006
+def answer(keys: list[str], prefixes: Iterable[str] = (), token: str | None = None) -> bytes:
     """Write an answer as S3 does when it is asked for encoded keys."""
     objects = "".join(
         f"<Contents><Key>{quote_plus(key)}</Key><LastModified>2026-01-31T12:00:00.000Z"
