@@ -45,9 +45,9 @@ rehearse: setup ## the real playbooks on throw-away hosts, as root: [WORKERS=2] 
 rehearse-down: setup ## the end of the rehearsal: nothing of it is left
 	@.venv/bin/python -m tests.hosts.rehearsal down
 
-PYTEST = .venv/bin/python -m pytest $(TESTS) --numprocesses $(or $(JOBS),$(if $(TESTS),0,2))
+PYTEST = .venv/bin/python -m pytest $(TESTS) --numprocesses $(or $(JOBS),$(if $(TESTS),0,3))
 
-test: setup browser ## the tests, and lint beside them: [TESTS="tests/unit -k pca"] [JOBS=2]
+test: setup browser ## the tests, and lint beside them: [TESTS="tests/unit -k pca"] [JOBS=3]
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 lint-code lint-playbooks run-tests || \
 		{ echo "make test: failed in what the lines with *** name, here or further up" >&2; exit 1; }
 

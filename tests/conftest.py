@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin each folder with its longest file, so that both processes end together."""
+    """Begin each folder with its longest file, so that all processes end together."""
     folders = [item.path.parent for item in items]
     order = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
     items.sort(key=lambda item: (order[item.path.parent], item.path.name not in LONGEST))

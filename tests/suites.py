@@ -1,4 +1,4 @@
-"""How the tests are dealt out to two processes, and what is said of them while they run.
+"""How the tests are dealt out to processes, and what is said of them while they run.
 
 A suite is what gets a line of its own: a file of tests, and tests/unit as a whole.
 """
@@ -26,9 +26,10 @@ def suite_of(nodeid: str) -> str:
 class Scheduling(LoadScopeScheduling):
     """Deal out the tests in the order in which they were collected, in parts that stay together.
 
-    The unit tests come first, file by file, on both processes. Then one of them gets tests/hosts,
-    which takes longest, and the other what needs a cluster on loopback, which is thus started once.
-    The files of tests/aws go to whichever has room.
+    The unit tests come first, file by file, on all processes. Then one of them gets tests/hosts,
+    which takes longest, and another what needs a cluster on loopback, which is thus started once.
+    The files of tests/aws go to whichever has room. Three processes suit two cores: tests/hosts
+    often waits, for a host that is lost or an S3 that hangs.
     """
 
     LOOPBACK = ("s3", "spark", "cli", "browser")
