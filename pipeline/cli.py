@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +17,12 @@ from pipeline.errors import FruitsError, StorageError
 from pipeline.job import PCAOptions
 from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
-from pipeline.local.place import make_job, make_job_of_table, open_place
+from pipeline.local.place import make_job, make_job_of_table, model_in, open_place
 from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import DEFAULT, NETWORKS
 from pipeline.storage import Address, S3Settings, open_store
+from pipeline.table.feature_table import FeatureTable
+from pipeline.upkeep import vacuum as vacuum_table
 from pipeline.upload import upload as upload_folder
 
 app = typer.Typer(
@@ -72,6 +75,33 @@ MasterUrl = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Put the result in the place of another run's.")
 ]
+AllowRemovals = Annotated[
+    bool,
+    typer.Option(
+        "--allow-removals",
+        help="Go on where more than 100 images, and a tenth of those known, are gone.",
+    ),
+]
+Recompute = Annotated[
+    bool,
+    typer.Option(
+        "--recompute",
+        help="Compute again what another version of the decoder or the runtime has made.",
+    ),
+]
+InventoryAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--inventory",
+        help="An S3 Inventory's manifest.json (Parquet), read in the place of a listing.",
+    ),
+]
+SingleWriter = Annotated[
+    bool,
+    typer.Option(
+        "--single-writer", help="For an S3 without conditional writes: one run at a time, by you."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 ImagesHere = Annotated[
     Path | None,
@@ -98,11 +128,28 @@ def run(
     standardize: Standardize = False,
     master: MasterUrl = None,
     force: Force = False,
+    inventory: InventoryAddress = None,
+    allow_removals: AllowRemovals = False,
+    recompute: Recompute = False,
+    single_writer: SingleWriter = False,
     debug: Debug = False,
 ) -> None:
     """Do the whole job: list, features, PCA, matrix. A rerun computes only what is new."""
     with open_place(master) as place, observing() as observer:
-        job = make_job(place, observer, images, output, backbone, weights, input_size, force)
+        job = make_job(
+            place,
+            observer,
+            images,
+            output,
+            backbone,
+            weights,
+            input_size,
+            inventory=inventory,
+            force=force,
+            allow_removals=allow_removals,
+            recompute=recompute,
+            single_writer=single_writer,
+        )
         job.pca = _pca_options(components, variance, standardize)
         result = job.run()
     out.print(summary(result, output))
@@ -117,11 +164,28 @@ def features(
     input_size: InputSize = 224,
     master: MasterUrl = None,
     force: Force = False,
+    inventory: InventoryAddress = None,
+    allow_removals: AllowRemovals = False,
+    recompute: Recompute = False,
+    single_writer: SingleWriter = False,
     debug: Debug = False,
 ) -> None:
     """Bring the feature table below OUTPUT up to date with IMAGES, and stop there."""
     with open_place(master) as place, observing() as observer:
-        job = make_job(place, observer, images, output, backbone, weights, input_size, force)
+        job = make_job(
+            place,
+            observer,
+            images,
+            output,
+            backbone,
+            weights,
+            input_size,
+            inventory=inventory,
+            force=force,
+            allow_removals=allow_removals,
+            recompute=recompute,
+            single_writer=single_writer,
+        )
         counts = job.features()["counts"]
     out.print(
         f"{counts['features']:,} features and {counts['quarantined']:,} quarantined of "
@@ -142,14 +206,60 @@ def pca(
     standardize: Standardize = False,
     master: MasterUrl = None,
     force: Force = False,
+    single_writer: SingleWriter = False,
     debug: Debug = False,
 ) -> None:
     """Fit the PCA and write the matrix from the features that OUTPUT holds."""
     with open_place(master) as place, observing() as observer:
-        job = make_job_of_table(place, observer, output, backbone, force)
+        job = make_job_of_table(
+            place, observer, output, backbone, force=force, single_writer=single_writer
+        )
         job.pca = _pca_options(components, variance, standardize)
         result = job.fit()
     out.print(summary(result, output))
+
+
+@app.command()
+def forget(
+    output: Output,
+    paths: Annotated[list[str], typer.Argument(help="As quarantine.csv and the matrix name them.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Whose features, where OUTPUT holds several.", callback=_known),
+    ] = None,
+    master: MasterUrl = None,
+    single_writer: SingleWriter = False,
+    debug: Debug = False,
+) -> None:
+    """Remove deleted images from features and result, and every older file that held them."""
+    with open_place(master) as place, observing() as observer:
+        job = make_job_of_table(place, observer, output, backbone, single_writer=single_writer)
+        receipt = job.forget(paths)
+    out.print(
+        f"{receipt.images:,} images forgotten, {receipt.had_rows:,} of them had a row; "
+        f"{receipt.files_deleted:,} files and {receipt.states_deleted:,} states deleted.\n"
+        f"The receipt is in {output}/features; this key, shown once, proves whose it is:\n"
+        f"{receipt.key}"
+    )
+
+
+@app.command()
+def vacuum(
+    output: Output,
+    days: Annotated[int, typer.Option(min=2, help="Keep what is younger.")] = 7,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Whose features, where OUTPUT holds several.", callback=_known),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Delete files of the feature table that no version of the last days names."""
+    s3 = S3Settings.from_spark(read_settings())
+    store = open_store(Address.parse(output), s3)
+    swept = vacuum_table(FeatureTable(store, model_in(store, backbone), s3), timedelta(days=days))
+    out.print(
+        f"{swept.files:,} files and {swept.states:,} states deleted ({swept.bytes / 1e6:,.1f} MB)."
+    )
 
 
 @app.command()

@@ -114,6 +114,8 @@ def summary(run: dict[str, Any], where: str) -> Table:
     computed = f"{counts['computed']:,} computed, {counts['reused']:,} reused"
     if counts["dropped"]:
         computed += f", {counts['dropped']:,} dropped (gone since the last run)"
+    if counts.get("other_makers"):
+        computed += f", {counts['other_makers']:,} made by another decoder or runtime (--recompute)"
     table.add_row("features", computed + (f", {speed:,.0f} images/s" if speed else ""))
     table.add_row("network", run["model"]["id"])
     table.add_row("PCA", f"{pca['k']} components keep {pca['variance']:.1%} of the variance")
@@ -127,6 +129,11 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if "No space left on device" in text or "There is not enough space" in text:
         return "no space left on a disk of the cluster. Free some, then run again to continue."
+    if "/table/" in text and "NotFoundError" in text:
+        return (
+            "files of the feature table are gone: fruits vacuum or forget deleted an older version "
+            "while it was read. Run again to continue."
+        )
     # Of Python's and Java's traces, or one inside the other, the last that names its cause.
     named = r"^(?:Caused by: |: )?([\w.$]*(?:Error|Exception): .+)$"
     causes = re.findall(named, text, re.MULTILINE)

@@ -15,6 +15,14 @@ class NoImagesError(FruitsError):
     """Nothing to work on."""
 
 
+class RemovalsError(FruitsError):
+    """A listing that lacks so many known images that it may have lost its mind."""
+
+
+class InventoryError(FruitsError):
+    """An S3 Inventory that is damaged, in another format or lacks a column."""
+
+
 class OutputTakenError(FruitsError):
     """OUTPUT holds something that this run would mix with or replace."""
 

@@ -1,46 +1,51 @@
-"""The one Spark pass over the images, as the driver leads it.
+"""The pass over the images, as the driver leads it.
 
-An image is read, decoded and run through the network once (task.py); what came of it is its row
-in the feature table (table.py), which grows in batches of bounded size. A driver that is killed
-loses the batch it was in, nothing else.
+The listing is compared with the feature table in Spark. What is new is read, decoded and run
+through the network once (task.py), in bounded commits; of what changed or is gone, the files of
+the table that hold it are written again without it. A driver that is killed loses the commit it
+was in, nothing else.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.accumulators import Accumulator
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as sf
 
 from pipeline.engine.session import task_slots
 from pipeline.errors import StateError
-from pipeline.images import LISTING
+from pipeline.listing.images import Listing
+from pipeline.pca import Tally
+from pipeline.plan import Plan, Touched, check_removals, make_plan
 from pipeline.storage import ImageReader
-from pipeline.table import (
-    CODEC,
-    INDEX,
-    KEY,
+from pipeline.table.delta import Snapshot
+from pipeline.table.feature_table import (
     READ,
-    ROWS,
+    WRITTEN,
+    WRITTEN_SQL,
     FeatureTable,
-    Pass,
+    Known,
+    LastPass,
     Speed,
-    index_schema,
-    largest_pass,
+    told,
 )
-from pipeline.task import PassOverImages
+from pipeline.table.parts import Item, Parts, Slice, cut, for_each, tasks_for
+from pipeline.task import PassOverImages, Rewrite
+from pipeline.upkeep import merge_small_files
 
-IMAGES_PER_SLOT_AND_BATCH = 8192  # about a minute of work: what a killed driver loses at most
-TASKS_PER_SLOT_AND_BATCH = 4  # the bar moves as tasks end; each costs some 0.2 s to commit
+IMAGES_PER_SLOT_AND_COMMIT = 8192  # about a minute of work: what a killed driver loses at most
+ANSWERS_AT_ONCE = 8  # moments of more tasks than this are merged by the cluster before the driver
+UNREADABLE_TRIED = 32
 
 
 @dataclass(frozen=True)
@@ -52,130 +57,229 @@ class Progress:
     quarantined: int
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What a pass did, and the table as it left it.
+
+    `largest` is the speed of the table's pass over most images: one new image tells nothing of it.
+    """
+
+    snapshot: Snapshot
+    known: Known
+    ignored: int
+    computed: int
+    reused: int
+    dropped: int
+    largest: Speed | None
+    recounted: bool = False  # all rows were read for what is known of them
+    unsure: int = 0  # rows that an inventory would have changed, and is too young to
+
+
 def compute_features(
     spark: SparkSession,
     table: FeatureTable,
-    images: pa.Table,
+    base: Snapshot | None,
+    listing: Listing,
     reader: ImageReader,
     flatbuffer: bytes,
+    work: Parts,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    *,
+    allow_removals: bool = False,
+    recompute: bool = False,
 ) -> Pass:
     """Bring the feature table up to date with a listing.
 
     Parameters
     ----------
-    images
-        A table of the schema LISTING.
+    base
+        The table as it was before the listing began, None if there was none.
+    work
+        Where the listing's parts lie, and this pass may keep files of its own.
     on_progress
         Called about twice a second while Spark works.
+    allow_removals
+        Believe a listing that lacks a large part of the images that are known.
+    recompute
+        Compute again what another version of the decoder or the runtime has made.
 
-    Returns
-    -------
-    Pass
-        The index of exactly the images listed, and what had to be computed for it.
+    Raises
+    ------
+    RemovalsError
+        When it does, and that is not allowed; nothing is changed then.
     """
     began = time.monotonic()
-    known = _known_rows(spark, table)
-    todo = _not_in(images, known)
     slots = task_slots(spark)
+    snapshot = base or table.create()
+    known = table.known(snapshot)
+    recounted = known is None
+    if known is None:
+        known = count(spark, table, snapshot)
+        snapshot = table.note(snapshot, known)
+    listed = [Slice(part.name, 0, rows) for part, rows in listing.parts]
+    spark.sparkContext.setJobDescription("features: what is new, changed or gone")
+    plan = Plan(listed, [])
+    if snapshot.files:
+        plan = make_plan(
+            spark, table, snapshot, listed, listing.sure_until, work, recompute=recompute
+        )
+    if not allow_removals:
+        check_removals(plan.gone, snapshot.rows, reader.address)
     model = spark.sparkContext.broadcast(flatbuffer)
     done, quarantined = (spark.sparkContext.accumulator(0) for _ in range(2))
-    step = slots * IMAGES_PER_SLOT_AND_BATCH
-    fresh = []
-    with _reporting(todo.num_rows, done, quarantined, on_progress):
-        for number, start in enumerate(range(0, todo.num_rows, step), 1):
-            part = todo.slice(start, step)
+    stay = 0
+    with _reporting(plan.todo, done, quarantined, on_progress):
+        for slices, touched in plan.commits(slots * IMAGES_PER_SLOT_AND_COMMIT):
             spark.sparkContext.setJobDescription(
-                f"features: images {start + 1} to {start + part.num_rows} of {todo.num_rows}"
+                f"features: {sum(s.count for s in slices)} of {plan.todo} images"
             )
-            batch = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{number:05d}-{uuid.uuid4().hex[:6]}"
             run = PassOverImages(
-                model, table.model.input_size, reader, batch, done, quarantined
-            )  # fmt: skip
-            _write_batch(spark, table, part, run, slots)
-            fresh.append(batch)
-    spark.sparkContext.setJobDescription("")
-    if fresh:
-        known = pa.concat_tables([known, _index_of(spark, table, fresh)])
-    index = _live_index(images, known)
-    previous = table.read_index()
-    largest = None if previous is None else largest_pass(previous)
-    if todo.num_rows and (largest is None or todo.num_rows >= largest.images):
-        largest = Speed(todo.num_rows, time.monotonic() - began, slots)
-    table.write_index(index, reader.address, largest)
-    return Pass(
-        index=index,
-        computed=todo.num_rows,
-        reused=images.num_rows - todo.num_rows,
-        dropped=0 if previous is None else _count_gone(previous, images),
-        largest=largest,
-    )
-
-
-def _known_rows(spark: SparkSession, table: FeatureTable) -> pa.Table:
-    """Return the index of all committed rows, but for images that could not be read then."""
-    batches = table.committed_batches()
-    if not batches:
-        return pa.table({name: [] for name in INDEX}).cast(index_schema())
-    rows = _index_of(spark, table, batches)
-    return rows.filter(pc.fill_null(pc.not_equal(rows["stage"], READ), True))
-
-
-def _index_of(spark: SparkSession, table: FeatureTable, batches: list[str]) -> pa.Table:
-    frame = spark.read.schema(ROWS).parquet(*(table.batch_uri(batch) for batch in batches))
-    return frame.select(*INDEX).toArrow().cast(index_schema())
-
-
-def _not_in(images: pa.Table, known: pa.Table) -> pa.Table:
-    joined = images.join(known.select(KEY), KEY, join_type="left anti")
-    return joined.select(LISTING.names).sort_by("path")
-
-
-def _live_index(images: pa.Table, known: pa.Table) -> pa.Table:
-    """Return one row for each image listed; of an image computed twice, the newest batch's."""
-    newest = known.group_by(KEY).aggregate([("batch", "max")]).rename_columns([*KEY, "batch"])
-    live = images.join(newest, KEY, join_type="inner").join(
-        known.select([*KEY, "batch", "stage", "reason"]), [*KEY, "batch"], join_type="inner"
-    )
-    if live.num_rows != images.num_rows:
-        raise StateError(
-            f"expected a row for each of {images.num_rows} images, found {live.num_rows}: the "
-            "feature table was changed while this ran. Run again, one run at a time."
-        )
-    return live.select(INDEX).sort_by("path").cast(index_schema())
-
-
-def _count_gone(previous: pa.Table, images: pa.Table) -> int:
-    gone: pa.Table = previous.join(images.select(["path"]), ["path"], join_type="left anti")
-    return int(gone.num_rows)
-
-
-def _write_batch(
-    spark: SparkSession, table: FeatureTable, images: pa.Table, run: PassOverImages, slots: int
-) -> None:
-    tasks = min(slots * TASKS_PER_SLOT_AND_BATCH, images.num_rows)
-    frame = spark.createDataFrame(images).repartition(tasks)
-    rows = frame.mapInArrow(run, ROWS)
-    rows.write.option("compression", CODEC).parquet(table.batch_uri(run.batch))
-    _check_commit(table, run.batch)
-
-
-def _check_commit(table: FeatureTable, batch: str) -> None:
-    """Make sure that S3 got the batch from the magic committer: another one is not atomic there."""
-    key = f"{table.root}/batches/{batch}/_SUCCESS"
-    proof = table.output.read(key)
-    if proof is None:
-        raise StateError(
-            f"expected {table.output.address}/{key} after the commit, found none. Run again: "
-            "the batch is computed anew."
-        )
-    if table.output.address.bucket is not None:
-        committer = json.loads(proof or b"{}").get("committer")
-        if committer != "magic":
-            raise StateError(
-                f"expected the magic committer on {table.output.address}, found {committer}. "
-                "Start the cluster with the spark-defaults.conf and the jars of pipeline/engine/."
+                model,
+                table.model.input_size,
+                table.model.dimensions,
+                reader,
+                work,
+                table.parts,
+                uuid.uuid4().hex,
+                done,
+                quarantined,
             )
+            answers = _work_on(spark, run, slices, touched)
+            stay += pc.sum(answers["kept_rows"]).as_py() or 0
+            snapshot, known = table.commit(snapshot, known, answers)
+    snapshot = merge_small_files(spark, table, snapshot)
+    spark.sparkContext.setJobDescription("")
+    previous = table.last_pass()
+    largest = previous.largest if previous else None
+    if plan.todo and (largest is None or plan.todo >= largest.images):
+        largest = Speed(plan.todo, time.monotonic() - began, slots)
+    if not plan.unsure and known.rows != listing.count:
+        raise StateError(
+            f"expected a row for each of {listing.count:,} images, found {known.rows:,}: the table "
+            "was changed while this ran. Run again."
+        )
+    last = LastPass(
+        str(snapshot.state),
+        # What was left alone is looked at again, even where the next listing is the same.
+        "" if plan.unsure else listing.digest,
+        str(reader.address),
+        listing.ignored,
+        largest,
+        _unreadable(spark, table, snapshot) if known.unreadable else (),
+    )
+    table.keep_pass(last)
+    return Pass(
+        snapshot=snapshot,
+        known=known,
+        ignored=listing.ignored,
+        computed=plan.todo - stay,
+        reused=known.rows - (plan.todo - stay),
+        dropped=plan.gone,
+        largest=largest,
+        recounted=recounted,
+        unsure=plan.unsure,
+    )
+
+
+def _work_on(
+    spark: SparkSession, run: PassOverImages, slices: list[Slice], touched: list[Touched]
+) -> pa.Table:
+    """Do the work of one commit; return what the tasks told (WRITTEN)."""
+    images = sum(some.count for some in slices)
+    answers = answers_of(spark, cut(slices, tasks_for(spark, images)), run)
+    if touched:
+        kept = answers["kept"].drop_null().to_pylist()
+        again = Rewrite(run.table, run.work, kept, run.commit, run.dimensions)
+        answers = pa.concat_tables([answers, answers_of(spark, touched, again)])
+    return answers
+
+
+def nothing_to_compute(
+    table: FeatureTable, base: Snapshot | None, listing: Listing, reader: ImageReader
+) -> Pass | None:
+    """Return the last pass if its table and its listing are those of today, else None.
+
+    A few images that could not be read then are tried first: they may be readable now.
+    """
+    last = table.last_pass()
+    if base is None or last is None or last.state != base.state or last.digest != listing.digest:
+        return None
+    known = table.known(base)
+    if known is None or any_readable(reader, last.unreadable):
+        return None
+    return pass_of(base, known, last)
+
+
+def any_readable(reader: ImageReader, paths: Sequence[str]) -> bool:
+    """Tell whether one of a few images can be read now."""
+    read = reader.open() if paths else None
+    for path in paths:
+        with suppress(OSError, ValueError):
+            if read:
+                read(path)
+                return True
+    return False
+
+
+def _unreadable(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> tuple[str, ...]:
+    """Return paths of a few images that could not be read."""
+    rows = table.read(spark, snapshot, ["path", "stage"]).where(sf.col("stage") == READ)
+    some = rows.orderBy(sf.rand()).limit(UNREADABLE_TRIED).collect()
+    return tuple(row["path"] for row in some)
+
+
+def pass_of(snapshot: Snapshot, known: Known, last: LastPass) -> Pass:
+    """Return the pass that finds all there."""
+    return Pass(snapshot, known, last.ignored, 0, known.rows, 0, last.largest)
+
+
+def count(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Known:
+    """Read all rows for what is to be known of them."""
+    parts, d = table.parts, table.model.dimensions
+
+    def counted(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
+        for file in files:
+            rows = pa.Table.from_batches(list(parts.read(file, ["features", "stage"])))
+            yield told(1, rows, d)
+
+    answers = answers_of(spark, list(snapshot.files), counted)
+    return table.counted(answers)
+
+
+def answers_of(
+    spark: SparkSession,
+    items: Sequence[Item],
+    do: Callable[[Iterator[Item]], Iterator[pa.RecordBatch]],
+) -> pa.Table:
+    """Return what tasks told (WRITTEN), with the moments merged on the way here."""
+    if not items:
+        return WRITTEN.empty_table()
+    tasks = tasks_for(spark, len(items))
+    frame = for_each(spark, items, lambda some: _merged(do(some)), WRITTEN_SQL)
+    if tasks > ANSWERS_AT_ONCE:
+        for parts in (math.isqrt(tasks), 1):
+            # By partition: a task that is run again must tell the same ones.
+            together = frame.repartition(parts, sf.spark_partition_id())
+            frame = together.mapInArrow(_merged, WRITTEN_SQL)
+    return frame.toArrow().cast(WRITTEN)
+
+
+def _merged(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows that were told without their moments, then those of each sign, merged."""
+    tallies: dict[int, Tally] = {}
+    place = WRITTEN.get_field_index("moments")
+    for batch in batches:
+        for sign, packed in zip(batch.column("sign"), batch.column("moments"), strict=True):
+            if packed.is_valid:
+                content = packed.as_py()
+                tallies.setdefault(sign.as_py(), Tally.of(content)).merge(content)
+        without = pa.nulls(batch.num_rows, pa.binary())
+        yield batch.set_column(place, WRITTEN.field(place), without)
+    nothing = {"counted": 0, "quarantined": 0, "unreadable": 0}
+    merged = [
+        {"sign": sign, "moments": tally.to_bytes(), **nothing} for sign, tally in tallies.items()
+    ]
+    yield pa.RecordBatch.from_pylist(merged, schema=WRITTEN)
 
 
 @contextmanager

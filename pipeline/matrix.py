@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import csv
 import io
+import uuid
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pv
+from pyspark import TaskContext
 from pyspark.core.broadcast import Broadcast
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import types as st
+from pyspark.sql import SparkSession
 
 from pipeline.errors import StateError
 from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
+from pipeline.table.delta import Snapshot
+from pipeline.table.feature_table import FeatureTable, with_features
+from pipeline.table.parts import Parts, for_each
+
+BYTES_OF_NUMBER, BYTES_OF_PATH = 19, 60  # about, in the CSV
+BYTES_OF_RANGE = 32 << 20
+MOST_RANGES = 9_000  # an object of S3 is joined of 10,000 parts at most
 
 NEXT = "_next"  # where a result is prepared
 RESULT = (
@@ -32,52 +42,80 @@ RESULT = (
 )
 
 
-def write_matrix(spark: SparkSession, features: DataFrame, pca: PCA, output: Store) -> None:
+def write_matrix(
+    spark: SparkSession, table: FeatureTable, snapshot: Snapshot, pca: PCA, output: Store
+) -> None:
     """Write `matrix.parquet/` and `matrix.csv` below OUTPUT's `_next/`.
 
     Parameters
     ----------
-    features
-        Columns path, label, features.
     pca
         The projection; the matrix gets columns path, label, pc_1 .. pc_k (double).
     """
     names = [f"pc_{number}" for number in range(1, pca.k + 1)]
-    schema = st.StructType(
-        [st.StructField("path", st.StringType()), st.StructField("label", st.StringType())]
-        + [st.StructField(name, st.DoubleType()) for name in names]
-    )
+    schema = ", ".join(["path string", "label string", *(f"{name} double" for name in names)])
     folder = output.address / NEXT
     model = spark.sparkContext.broadcast(pca.to_bytes())
-    rows = features.select("path", "label", "features").mapInArrow(_project(model, names), schema)
+    project = Project(table.parts, model, names)
+    rows = for_each(spark, list(snapshot.files), project, schema)
     rows.write.mode("overwrite").parquet((folder / "matrix.parquet").uri)
     matrix = spark.read.schema(schema).parquet((folder / "matrix.parquet").uri)
-    one_file = matrix.repartition(1).sortWithinPartitions("path")
-    one_file.write.mode("overwrite").csv(
-        (folder / "csv").uri,
-        header=True,
-        escape='"',
-        ignoreLeadingWhiteSpace=False,  # names are kept as they are, as in Parquet
-        ignoreTrailingWhiteSpace=False,
-    )
-    (part,) = (entry.key for entry in output.list(f"{NEXT}/csv/part-") if entry.key.endswith("csv"))
-    output.move(part, f"{NEXT}/matrix.csv")
-    output.delete(f"{NEXT}/csv")
+    ranges = ranges_of(snapshot.rows, pca.k)
+    in_ranges = matrix.repartitionByRange(ranges, "path") if ranges > 1 else matrix.repartition(1)
+    csv = f"csv-{uuid.uuid4().hex}"
+    write = WriteRange(table.parts.beside(folder / csv), ["path", "label", *names])
+    told = in_ranges.sortWithinPartitions("path").mapInArrow(write, "part string, size long")
+    parts = sorted((row["part"], row["size"]) for row in told.collect())
+    output.join([(f"{NEXT}/{csv}/{part}", size) for part, size in parts], f"{NEXT}/matrix.csv")
+    output.delete(f"{NEXT}/{csv}")
 
 
-def _project(model: Broadcast[bytes], names: list[str]) -> Any:
-    def partition_scores(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        pca = PCA.from_bytes(model.value)
+def ranges_of(rows: int, k: int) -> int:
+    """Return in how many ranges of paths the CSV is written, of some 32 MiB each."""
+    size = rows * (k * BYTES_OF_NUMBER + BYTES_OF_PATH)
+    return int(min(max(1, size // BYTES_OF_RANGE), MOST_RANGES))
+
+
+@dataclass(frozen=True)
+class WriteRange:
+    """What a task does with a range of the matrix, sorted by path: its part of the CSV."""
+
+    parts: Parts
+    names: list[str]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the part's name, which sorts as the ranges do, and its bytes."""
+        number = TaskContext.get().partitionId()  # type: ignore[union-attr]
+        content = io.BytesIO()
+        if number == 0:
+            content.write(to_csv(self.names, []))
+        as_needed = pv.WriteOptions(include_header=False, quoting_style="needed")
         for batch in batches:
+            pv.write_csv(batch, content, as_needed)
+        part = f"{number:06d}.csv"
+        self.parts.put(part, content)
+        yield pa.RecordBatch.from_pydict({"part": [part], "size": [content.tell()]})
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a task does with files of the feature table: the scores of their rows."""
+
+    parts: Parts
+    model: Broadcast[bytes]
+    names: list[str]
+
+    def __call__(self, files: Iterator[str]) -> Iterator[pa.RecordBatch]:
+        """Yield path, label and scores."""
+        pca = PCA.from_bytes(self.model.value)
+        for batch in (batch for file in files for batch in with_features(self.parts, file)):
             rows = feature_matrix(batch.column("features"), len(pca.mean))
             scores = np.asfortranarray(pca.transform(rows))
             columns = [pa.array(scores[:, column]) for column in range(pca.k)]
             yield pa.RecordBatch.from_arrays(
                 [batch.column("path"), batch.column("label"), *columns],
-                names=["path", "label", *names],
+                names=["path", "label", *self.names],
             )
-
-    return partition_scores
 
 
 def explained_variance_csv(pca: PCA) -> bytes:
@@ -90,19 +128,18 @@ def explained_variance_csv(pca: PCA) -> bytes:
     )
 
 
-def quarantine_csv(quarantine: pa.Table) -> bytes:
-    """Return path, stage and reason of each image that gave no features."""
-    columns = ["path", "stage", "reason"]
-    return to_csv(columns, (list(row.values()) for row in quarantine.select(columns).to_pylist()))
-
-
 def to_csv(header: list[str], rows: Iterable[list[Any]]) -> bytes:
     """Return rows as the bytes of a CSV file in UTF-8."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    write_csv(text, header, rows)
+    return text.getvalue().encode()
+
+
+def write_csv(file: TextIO, header: list[str], rows: Iterable[list[Any]]) -> None:
+    """Write rows as CSV, one after the other."""
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def publish(output: Store, run: bytes) -> None:

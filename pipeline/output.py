@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputTakenError, StateError, StorageError
 from pipeline.matrix import NEXT, RESULT
 from pipeline.networks.model import Model
-from pipeline.storage import Address, Store
+from pipeline.storage import Address, BucketStore, Store
 
 Run = dict[str, Any]  # the content of run.json
+WORK = "_work"  # what a run at work keeps for itself
 
 
 def check_output(
@@ -36,11 +38,12 @@ def check_output(
             f"expected IMAGES and OUTPUT apart, found one inside the other ({images}, "
             f"{output.address}). Choose another OUTPUT."
         )
-    odd = sorted(set("*?[]{}") & set(output.address.path))
+    odd = sorted(set("*?[]{}#%") & set(output.address.path))
     if odd:
         raise StorageError(
-            f"expected an OUTPUT whose name Spark reads as it stands, found {' '.join(odd)} in "
-            f"{output.address}, which Spark takes for a pattern. Choose another name."
+            f"expected an OUTPUT whose name Spark and Delta read as it stands, found "
+            f"{' '.join(odd)} in {output.address}, which they take for something else. Choose "
+            "another name."
         )
     previous = check_run(images, model, output, force=force)
     if previous is None and not force:
@@ -58,6 +61,29 @@ def check_run(images: Address, model: Model, output: Store, *, force: bool = Fal
     if not force:
         _refuse(output, different)
     return None if different else previous
+
+
+def check_exclusive_writes(output: BucketStore, key: str) -> None:
+    """Prove that of two writes of one new object the second is refused: commits rest on it.
+
+    Raises
+    ------
+    StorageError
+        When this S3 takes both.
+    """
+    content = secrets.token_bytes(16)
+    try:
+        first, second = (output.write_new(key, content) for _ in range(2))
+        # A PUT whose answer was lost was tried again, and refused for its own sake.
+        first = first or output.read(key) == content
+    finally:
+        output.delete(key)
+    if not first or second:
+        raise StorageError(
+            f"expected the S3 of {output.address} to refuse a second PUT with If-None-Match: *, "
+            "found that it does not: two runs at once would mix. Use one that does (AWS, MinIO, "
+            "SeaweedFS and others do), or run with --single-writer and one run at a time."
+        )
 
 
 def _refuse(output: Store, taken: str | None) -> None:
@@ -101,6 +127,6 @@ def _foreign_content(output: Store, model_id: str) -> str | None:
             found = rest.partition("/")[0]
             if found != model_id:
                 return f"features of the model {found}, not of {model_id}"
-        elif top not in {*RESULT, NEXT, "run.json"}:
+        elif top not in {*RESULT, NEXT, WORK, "run.json"}:
             return f"something else ({entry.key})"
     return None

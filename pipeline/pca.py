@@ -8,11 +8,9 @@ the model, they let a refit on grown data read only what was added.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -31,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 ROWS_PER_BLOCK = 2048  # 21 MB of float64 at 1,280 features: large enough for BLAS, small in memory
 STATES_PER_MERGE = 8  # more states than this are merged by the cluster before the driver
+MOST_CHANGES = 10_000  # then rounding has had its turns, and the rows are counted anew
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,19 @@ class Moments:
             self.scatter + other.scatter + np.outer(apart, apart * (self.n * other.n / n)),
         )
 
+    def subtract(self, other: Moments) -> Moments:
+        """Return the moments of the rows that are left when those of `other` go.
+
+        What is left of a difference has the rounding of what it was taken from: see Running.
+        """
+        n = self.n - other.n
+        if not other.n or not n:
+            return self if n else Moments.empty(len(self.mean))
+        apart = other.mean - self.mean
+        scatter = self.scatter - other.scatter - np.outer(apart, apart * (self.n * other.n / n))
+        np.fill_diagonal(scatter, np.maximum(scatter.diagonal(), 0.0))
+        return Moments(n, self.mean - apart * (other.n / n), scatter)
+
     def to_bytes(self) -> bytes:
         """Pack as npz: n, mean and the upper triangle of scatter, which is symmetric."""
         content = io.BytesIO()
@@ -88,13 +100,137 @@ class Moments:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Moments:
-        """Unpack what `to_bytes` packed."""
+        """Unpack what `to_bytes` or a `Tally` packed."""
         with np.load(io.BytesIO(content)) as packed:
-            mean, upper = packed["mean"], np.triu_indices(len(packed["mean"]))
-            scatter = np.zeros((len(mean), len(mean)))
-            scatter[upper] = packed["triangle"]
-            scatter.T[upper] = packed["triangle"]
-            return cls(int(packed["n"]), mean, scatter)
+            return cls.of(packed["rows"]) if "rows" in packed else _unpacked(packed)
+
+
+def _unpacked(arrays: Mapping[str, Any]) -> Moments:
+    mean, upper = arrays["mean"], np.triu_indices(len(arrays["mean"]))
+    scatter = np.zeros((len(mean), len(mean)))
+    scatter[upper] = arrays["triangle"]
+    scatter.T[upper] = arrays["triangle"]
+    return Moments(int(arrays["n"]), mean, scatter)
+
+
+class Tally:
+    """Moments of rows that come block by block, packed as they are smallest.
+
+    A task with fewer rows than features packs the rows themselves.
+    """
+
+    def __init__(self, d: int) -> None:
+        self.d = d
+        self.moments = Moments.empty(d)
+        self.blocks: list[npt.NDArray[np.float32]] = []
+
+    @classmethod
+    def of(cls, packed: bytes) -> Tally:
+        """Return an empty tally of as many features as another that was packed."""
+        with np.load(io.BytesIO(packed)) as content:
+            return cls(content["rows"].shape[1] if "rows" in content else len(content["mean"]))
+
+    def add(self, rows: npt.NDArray[np.float32]) -> None:
+        """Count rows, shape (n, d), in."""
+        self.blocks.append(rows)
+        if sum(map(len, self.blocks)) >= ROWS_PER_BLOCK:
+            self._fold()
+
+    def merge(self, packed: bytes) -> None:
+        """Count in what another has packed."""
+        with np.load(io.BytesIO(packed)) as content:
+            rows = content.get("rows")
+        if rows is None:
+            self.moments = self.moments.merge(Moments.from_bytes(packed))
+        else:
+            self.add(rows)
+
+    def to_bytes(self) -> bytes:
+        """Pack what was counted, for `Moments.from_bytes`."""
+        rows = np.concatenate(self.blocks) if self.blocks else np.empty((0, self.d), np.float32)
+        if self.moments.n or len(rows) > self.d:
+            self._fold()
+            return self.moments.to_bytes()
+        content = io.BytesIO()
+        np.savez(content, rows=rows)
+        return content.getvalue()
+
+    def result(self) -> Moments:
+        """Return the moments of all that was counted."""
+        self._fold()
+        return self.moments
+
+    def _fold(self) -> None:
+        if self.blocks:
+            self.moments = self.moments.merge(Moments.of(np.concatenate(self.blocks)))
+            self.blocks = []
+
+
+@dataclass(frozen=True)
+class Running:
+    """Moments to which rows were added, and from which rows were taken; how exact they still are.
+
+    Subtraction leaves the rounding of what was there before: it is the share of the scatter that
+    was taken away which tells when to count anew.
+
+    Attributes
+    ----------
+    subtracted
+        Trace of all scatter that was taken away since the rows were last counted.
+    changes
+        How many times rows were added or taken away since then.
+    largest
+        The largest scatter of each feature since then, shape (d,): what rounding is measured by.
+    """
+
+    moments: Moments
+    subtracted: float
+    changes: int
+    largest: Floats
+
+    @classmethod
+    def counted(cls, moments: Moments) -> Running:
+        """Return moments that were counted from the rows themselves."""
+        return cls(moments, 0.0, 0, moments.scatter.diagonal().copy())
+
+    def change(self, added: Moments, removed: Moments) -> Running:
+        """Return the moments after rows were added and others removed."""
+        grown = self.moments.merge(added)
+        left = grown.subtract(removed)
+        lost = float(np.trace(grown.scatter) - np.trace(left.scatter)) if removed.n else 0.0
+        largest = np.maximum(self.largest, grown.scatter.diagonal())
+        return Running(left, self.subtracted + lost, self.changes + 1, largest)
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Return what `from_arrays` takes, for numpy to save."""
+        moments = self.moments
+        return {
+            "n": moments.n,
+            "mean": moments.mean,
+            "triangle": moments.scatter[np.triu_indices(len(moments.mean))],
+            "subtracted": self.subtracted,
+            "changes": self.changes,
+            "largest": self.largest,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Running:
+        """Return what was saved."""
+        return cls(
+            _unpacked(arrays),
+            float(arrays["subtracted"]),
+            int(arrays["changes"]),
+            arrays["largest"],
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a fit to these stays within 1e-9 of one to moments that were counted anew."""
+        if self.changes > MOST_CHANGES:
+            return False
+        few = self.moments.n < 2 * len(self.moments.mean)
+        limit = 0.0 if few else float(np.trace(self.moments.scatter)) / 2
+        return self.subtracted <= limit
 
 
 def merge_all(parts: Iterable[Moments], d: int) -> Moments:
@@ -205,6 +341,7 @@ class PCA:
         components: int | None = None,
         variance: float | None = None,
         standardize: bool = False,
+        largest: Floats | None = None,
     ) -> PCA:
         """Fit from moments, as `numpy.linalg.eigh` of the covariance (or correlation) matrix.
 
@@ -215,7 +352,9 @@ class PCA:
         variance
             the share of variance to keep, 0 < variance <= 1, by as few components as do.
         standardize
-            Give every feature unit variance first.
+            Give every feature unit variance first, but for those that are constant within rounding.
+        largest
+            The largest scatter that each feature has had (Running), where rows were taken away.
 
         Raises
         ------
@@ -236,14 +375,16 @@ class PCA:
                 "look at quarantine.csv for why they were left out."
             )
         covariance = moments.scatter / (moments.n - 1)
+        largest = np.maximum(moments.scatter.diagonal(), 0 if largest is None else largest)
         scale = np.ones(len(moments.mean))
         if standardize:
-            deviation = np.sqrt(np.diag(covariance))
-            scale = np.where(deviation > 0, deviation, 1.0)
+            constant = _constant(moments, largest)
+            scale = np.where(constant, 1.0, np.sqrt(np.diag(covariance)))
             covariance = covariance / np.outer(scale, scale)
         values, vectors = np.linalg.eigh(covariance)
         values, vectors = values[::-1], vectors[:, ::-1]
-        rank = _rank(values, moments.n)
+        noise = float((largest / (moments.n - 1) / scale**2).max())
+        rank = _rank(values, moments.n, noise)
         k = _choose_k(values, rank, components, variance)
         return cls(
             components=_signed(vectors[:, :k].T),
@@ -326,9 +467,23 @@ class PCA:
             raise StateError(f"the saved PCA is damaged ({error}); run again.") from error
 
 
-def _rank(values: Floats, n: int) -> int:
-    """Count the eigenvalues that are more than rounding; n rows span n - 1 dimensions at most."""
-    rounding = values[0] * len(values) * np.finfo(np.float64).eps
+def _constant(moments: Moments, largest: Floats) -> npt.NDArray[np.bool_]:
+    """Tell which features vary by no more than rounding, as scikit-learn's StandardScaler does.
+
+    The bound is that of its `_is_constant_feature`, with the largest scatter that the feature has
+    had in place of today's, which may be what is left of a larger one.
+    """
+    n, eps = moments.n, np.finfo(np.float64).eps
+    bound = n * eps * largest / n + (n * moments.mean * eps) ** 2
+    return np.asarray(moments.scatter.diagonal() / n <= bound)
+
+
+def _rank(values: Floats, n: int, noise: float) -> int:
+    """Count the eigenvalues that are more than rounding; n rows span n - 1 dimensions at most.
+
+    `noise` is the largest variance a feature has had: rows that are gone leave its rounding.
+    """
+    rounding = max(values[0], noise) * len(values) * np.finfo(np.float64).eps
     return min(int((values > rounding).sum()), n - 1)
 
 
@@ -356,48 +511,3 @@ def _signed(components: Floats) -> Floats:
     largest = np.abs(components).argmax(axis=1)
     signs = np.sign(components[np.arange(len(components)), largest])
     return np.ascontiguousarray(components * signs[:, np.newaxis])
-
-
-@dataclass(frozen=True)
-class State:
-    """Moments kept with what they cover: for each batch a digest of its live rows."""
-
-    model_id: str
-    covers: dict[str, str]
-    moments: Moments
-
-    def to_files(self) -> dict[str, bytes]:
-        """Return the two files of a saved state, by name."""
-        moments = self.moments.to_bytes()
-        described = {
-            "model_id": self.model_id,
-            "rows": self.moments.n,
-            "covers": self.covers,
-            "sha256": hashlib.sha256(moments).hexdigest(),
-        }
-        return {"state.npz": moments, "state.json": json.dumps(described, indent=2).encode()}
-
-    @classmethod
-    def from_files(cls, files: dict[str, bytes | None], where: str) -> State | None:
-        """Read a saved state; None when there is none.
-
-        Raises
-        ------
-        StateError
-            When a part is missing or its sum is wrong.
-        """
-        described, moments = files["state.json"], files["state.npz"]
-        if described is None and moments is None:
-            return None
-        try:
-            if described is None or moments is None:
-                raise ValueError("one of its two files is missing")
-            told = json.loads(described)
-            if hashlib.sha256(moments).hexdigest() != told["sha256"]:
-                raise ValueError("its sha256 is not the one kept beside it")
-            return cls(told["model_id"], told["covers"], Moments.from_bytes(moments))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"the PCA state in {where} is damaged: {error}. Use --force to fit anew from the "
-                "features, which are kept apart from it."
-            ) from error

@@ -11,11 +11,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,11 @@ from pipeline.errors import OutputTakenError, StorageError
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Store
+
+
+JOINED_HERE = 64_000_000  # bytes; less than this is joined by one read and one write
+TAKEN = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+SMALLEST_PART = 8 << 20  # bytes; S3 takes no smaller part than 5 MiB, but for the last
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,14 @@ class Store(Protocol):
     def move(self, source: str, target: str) -> None:
         """Give an object another key; a reader sees the old object there or the new one."""
 
+    def join(self, parts: Sequence[tuple[str, int]], target: str) -> None:
+        """Make one object of several, given with their bytes, in this order; they stay."""
+
     def delete(self, prefix: str) -> None:
         """Remove the object `prefix` and every object below `prefix/`."""
+
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        """Remove objects."""
 
 
 def open_store(address: Address, s3: S3Settings) -> Store:
@@ -200,6 +212,17 @@ class FolderStore:
             (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / source).replace(self.folder / target)
 
+    def join(self, parts: Sequence[tuple[str, int]], target: str) -> None:
+        """Copy files behind each other."""
+
+        def fill(temporary: Path) -> None:
+            with temporary.open("wb") as whole:
+                for key, _ in parts:
+                    with (self.folder / key).open("rb") as part:
+                        shutil.copyfileobj(part, whole, 1 << 20)
+
+        self._write(target, fill)
+
     def delete(self, prefix: str) -> None:
         """Remove a file or a whole folder."""
         target = self.folder / prefix
@@ -208,6 +231,12 @@ class FolderStore:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
+
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        """Remove files."""
+        for key in keys:
+            with _readable_os_errors(self.address / key):
+                (self.folder / key).unlink(missing_ok=True)
 
 
 def check_replaceable(folder: Path, ours: Container[str]) -> None:
@@ -324,6 +353,18 @@ class BucketStore:
         with self._readable_errors():
             self.client.put_object(Bucket=self.bucket, Key=self._full(key), Body=content)
 
+    def write_new(self, key: str, content: bytes) -> bool:
+        """PUT one object with `If-None-Match: *`: of several at once, one is the first."""
+        place = {"Bucket": self.bucket, "Key": self._full(key)}
+        with self._readable_errors():
+            try:
+                self.client.put_object(**place, Body=content, IfNoneMatch="*")
+            except self.client.exceptions.ClientError as error:
+                if error.response["Error"]["Code"] in TAKEN:
+                    return False
+                raise
+        return True
+
     def upload(self, key: str, file: Path) -> None:
         """Upload a file, in parts when it is large, by the client that spends least on each."""
         try:
@@ -336,7 +377,7 @@ class BucketStore:
 
     @cached_property
     def _fast(self) -> S3Store:
-        return _s3_store(self.address, self.s3)
+        return s3_client(self.address, self.s3)
 
     def move(self, source: str, target: str) -> None:
         """Copy within S3, then delete the source."""
@@ -345,12 +386,63 @@ class BucketStore:
             self.client.copy(origin, self.bucket, self._full(target))
             self.client.delete_object(**origin)
 
+    def join(self, parts: Sequence[tuple[str, int]], target: str) -> None:
+        """Have S3 copy parts behind each other; small ones go by this machine, with neighbours."""
+        place = {"Bucket": self.bucket, "Key": self._full(target)}
+        if sum(size for _, size in parts) < JOINED_HERE:
+            self.write(target, self._together(parts))
+            return
+        with self._readable_errors():
+            upload = {**place, "UploadId": self.client.create_multipart_upload(**place)["UploadId"]}
+            try:
+                made = [
+                    {"PartNumber": number, "ETag": self._join_one(run, upload, number)}
+                    for number, run in enumerate(_neighbours(parts), 1)
+                ]
+                self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": made})
+                found = self.client.head_object(**place)["ContentLength"]
+                if found != sum(size for _, size in parts):
+                    raise StorageError(
+                        f"expected {sum(size for _, size in parts):,} bytes in "
+                        f"{self.address}/{target}, found {found:,}. Run again, one run at a time."
+                    )
+            except BaseException:
+                self.client.abort_multipart_upload(**upload)
+                raise
+
+    def _join_one(
+        self, run: Sequence[tuple[str, int]], upload: Mapping[str, Any], number: int
+    ) -> str:
+        if len(run) == 1:
+            origin = {"Bucket": self.bucket, "Key": self._full(run[0][0])}
+            copied = self.client.upload_part_copy(**upload, PartNumber=number, CopySource=origin)
+            return str(copied["CopyPartResult"]["ETag"])
+        content = self._together(run)
+        return str(self.client.upload_part(**upload, PartNumber=number, Body=content)["ETag"])
+
+    def _together(self, parts: Sequence[tuple[str, int]]) -> bytes:
+        """Read parts behind each other; one that is gone or of another length is an error."""
+        contents = []
+        for key, size in parts:
+            content = self.read(key)
+            if content is None or len(content) != size:
+                raise StorageError(
+                    f"expected {self.address}/{key} with {size:,} bytes, found "
+                    f"{'none' if content is None else f'{len(content):,}'}: another run writes to "
+                    "this place. Run again, one run at a time."
+                )
+            contents.append(content)
+        return b"".join(contents)
+
     def delete(self, prefix: str) -> None:
         """Remove the object and all below it, 1,000 keys a request."""
-        keys = [prefix, *(entry.key for entry in self.list(f"{prefix}/"))]
+        self.delete_keys(chain([prefix], (entry.key for entry in self.list(f"{prefix}/"))))
+
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        """Remove objects, 1,000 a request."""
+        keys = iter(keys)
         with self._readable_errors():
-            for start in range(0, len(keys), 1000):
-                some = [{"Key": self._full(key)} for key in keys[start : start + 1000]]
+            while some := [{"Key": self._full(key)} for key in islice(keys, 1000)]:
                 answer = self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": some})
                 for error in answer.get("Errors", []):  # a key's own, in an answer of 200
                     raise StorageError(self._explain(error))
@@ -394,6 +486,18 @@ class BucketStore:
         return f"{self.address}: S3 answered {code}: {detail.rstrip('.')}."
 
 
+def _neighbours(parts: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    """Yield runs of parts that are large enough for S3 to join; only the last may be smaller."""
+    run: list[tuple[str, int]] = []
+    for part in parts:
+        run.append(part)
+        if sum(size for _, size in run) >= SMALLEST_PART:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
 @dataclass(frozen=True)
 class ImageReader:
     """Reads image bytes inside a Spark task: picklable, opened once per Python process.
@@ -431,7 +535,7 @@ class ImageReader:
     def _open_bucket(self) -> Callable[[str], tuple[bytes, str]]:
         from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError
 
-        store = _s3_store(self.address, self.s3)
+        store = s3_client(self.address, self.s3)
 
         def read(key: str) -> tuple[bytes, str]:
             try:
@@ -450,7 +554,7 @@ class ImageReader:
         return read
 
 
-def _s3_store(address: Address, s3: S3Settings) -> S3Store:
+def s3_client(address: Address, s3: S3Settings) -> S3Store:
     """Open a prefix of a bucket by obstore; without keys it finds the machine's own role."""
     from obstore.store import S3Store
 

@@ -1,4 +1,4 @@
-"""What a worker does with its share of the images: reads ahead, decodes, runs the network.
+"""What a worker does: reads images ahead, decodes them, runs the network; rewrites files.
 
 An image that cannot be read as it was listed, or cannot be decoded, gets a row with the reason.
 """
@@ -6,6 +6,8 @@ An image that cannot be read as it was listed, or cannot be decoded, gets a row 
 from __future__ import annotations
 
 import gc
+import hashlib
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +15,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.accumulators import Accumulator
 from pyspark.core.broadcast import Broadcast
 
+from pipeline.listing.images import LISTING
 from pipeline.networks.decode import MAX_BYTES, BadImageError, decode
 from pipeline.networks.model import load_network
+from pipeline.plan import TODO, Touched
 from pipeline.storage import ImageReader
-from pipeline.table import ARROW_ROWS, DECODE, READ
+from pipeline.table.feature_table import (
+    DECODE,
+    DECODER,
+    READ,
+    ROWS_PER_FILE,
+    RUNTIME,
+    TABLE,
+    told,
+    written,
+)
+from pipeline.table.parts import Parts, Slice
 
 # Images are read in bursts, one ahead of the network: single GETs wake threads on both sides for
 # each image, which costs up to 2 ms of a core. A burst takes 50 ms, the network 300 ms for it.
@@ -29,58 +44,124 @@ BYTES_AT_ONCE = 24_000_000  # keeps a Python worker small when the images are la
 
 @dataclass(frozen=True)
 class PassOverImages:
-    """What a Spark task does with its share of the listing: the function given to mapInArrow."""
+    """What a Spark task does with its share of the listing: rows of the table, in files of it.
+
+    Attributes
+    ----------
+    work
+        Where the slices of the listing lie.
+    table
+        Where the table's files go, below the folder `commit`.
+    """
 
     model: Broadcast[bytes]
     input_size: int
+    dimensions: int
     reader: ImageReader
-    batch: str
+    work: Parts
+    table: Parts
+    commit: str
     done: Accumulator[int]
     quarantined: Accumulator[int]
 
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield for each batch of listed images their rows of the table (ARROW_ROWS)."""
+    def __call__(self, slices: Iterator[Slice]) -> Iterator[pa.RecordBatch]:
+        """Yield for each file that was written what a commit needs to know of it (WRITTEN)."""
         network = _network(self.model)
         read = _checked(_opened(self.reader))
-        for batch in batches:
-            vectors: list[bytes | None] = [None] * batch.num_rows
-            stages: list[str | None] = [None] * batch.num_rows
-            reasons: list[str | None] = [None] * batch.num_rows
-            for row, outcome in enumerate(_read_ahead(batch.to_pylist(), read)):
-                try:
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                    vector = network(decode(outcome, self.input_size))
-                    vectors[row] = vector.astype("<f4").tobytes()
-                except _Unreadable as error:
-                    stages[row], reasons[row] = READ, str(error)
-                except BadImageError as error:
-                    stages[row], reasons[row] = DECODE, str(error)
-            self.done.add(batch.num_rows)
-            self.quarantined.add(sum(stage is not None for stage in stages))
-            yield pa.RecordBatch.from_arrays(
-                [
-                    *batch.columns,
-                    pa.array([self.batch] * batch.num_rows, pa.string()),
-                    pa.array(vectors, pa.binary()),
-                    pa.array(stages, pa.string()),
-                    pa.array(reasons, pa.string()),
-                ],
-                schema=ARROW_ROWS,
-            )
+        for images in self._gathered(slices):
+            rows, stay = self._rows(images, network, read)
+            if len(stay):
+                yield self._keep(images.take(stay))
+            if rows.num_rows:
+                yield written(self.table, self.commit, rows, self.dimensions)
+
+    def _gathered(self, slices: Iterator[Slice]) -> Iterator[pa.Table]:
+        """Yield the listed images of all slices (TODO), as many at a time as a file holds."""
+        held = TODO.empty_table()
+        for some in slices:
+            rows = self.work.read_slice(some)
+            nothing = pa.nulls(rows.num_rows)
+            columns = [rows[name] if name in rows.column_names else nothing for name in TODO.names]
+            held = pa.concat_tables([held, pa.table(columns, TODO.names).cast(TODO)])
+            while held.num_rows >= ROWS_PER_FILE:
+                yield held.slice(0, ROWS_PER_FILE)
+                held = held.slice(ROWS_PER_FILE)
+        if held.num_rows:
+            yield held
+
+    def _keep(self, stay: pa.Table) -> pa.RecordBatch:
+        """Write down which rows of the table stay as they are, but for their version."""
+        kept = f"kept-{uuid.uuid4().hex}.parquet"
+        self.work.write(kept, stay.select(LISTING.names))
+        nothing = TABLE.empty_table()
+        return told(1, nothing, self.dimensions, kept=kept, kept_rows=stay.num_rows)
+
+    def _rows(
+        self, images: pa.Table, network: Network, read: Read
+    ) -> tuple[pa.Table, npt.NDArray[np.intp]]:
+        """Return rows of the table, and which of the images need none: their old row stays."""
+        count = images.num_rows
+        vectors: list[npt.NDArray[np.float32] | None] = [None] * count
+        hashes: list[bytes | None] = [None] * count
+        stages: list[str | None] = [None] * count
+        reasons: list[str | None] = [None] * count
+        stays = np.zeros(count, bool)
+        known = images.select(["known_sha256", "known_reason", "same_maker"]).to_pylist()
+        listed = images.select(LISTING.names)
+        for row, outcome in enumerate(_read_ahead(listed.to_pylist(), read)):
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                hashes[row] = hashlib.sha256(outcome).digest()
+                # A copied bucket, another upload of the same bytes: read, and not computed again.
+                if known[row]["same_maker"] and hashes[row] == known[row]["known_sha256"]:
+                    stays[row] = True
+                else:
+                    vectors[row] = network(decode(outcome, self.input_size)).astype("<f4")
+            except _Unreadable as error:
+                stages[row], reasons[row] = READ, str(error)
+                stays[row] = known[row]["known_reason"] == str(error)
+            except BadImageError as error:
+                stages[row], reasons[row] = DECODE, str(error)
+            self.done.add(1)
+            if stages[row]:
+                self.quarantined.add(1)
+        rows = pa.table(
+            [
+                *listed.columns,
+                pa.array(hashes, pa.binary()),
+                pa.array([DECODER] * count),
+                pa.array([RUNTIME] * count),
+                _lists(vectors, self.dimensions),
+                pa.array(stages, pa.string()),
+                pa.array(reasons, pa.string()),
+            ],
+            schema=TABLE,
+        )
+        return rows.filter(pa.array(~stays)), np.flatnonzero(stays)
+
+
+def _lists(vectors: list[npt.NDArray[np.float32] | None], d: int) -> pa.Array:
+    """Return vectors as an Arrow column of lists, null where there is none."""
+    is_null = np.array([vector is None for vector in vectors])
+    offsets = np.concatenate([[0], np.cumsum(~is_null * d)]).astype(np.int32)
+    flat = [vector for vector in vectors if vector is not None]
+    values = np.concatenate(flat) if flat else np.empty(0, np.float32)
+    return pa.ListArray.from_arrays(offsets, values, mask=pa.array(is_null))
 
 
 class _Unreadable(Exception):  # noqa: N818
     """An image that could not be read as it was listed."""
 
 
-_networks: dict[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]] = {}
+Network = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+Read = Callable[[dict[str, Any]], "bytes | _Unreadable | BadImageError"]
+
+_networks: dict[int, Network] = {}
 _readers: dict[ImageReader, Callable[[str], tuple[bytes, str]]] = {}
 
 
-def _network(
-    model: Broadcast[bytes],
-) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
+def _network(model: Broadcast[bytes]) -> Network:
     """Load the model once in the life of a Python worker, not once a task."""
     content = model.value
     if id(content) not in _networks:
@@ -154,3 +235,64 @@ def _bursts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         burst.append(row)
     if burst:
         yield burst
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Writes files of the table again, without the rows that the plan names.
+
+    Rows that are `kept` stay, with length, time and version as they are listed now.
+    """
+
+    table: Parts
+    work: Parts
+    kept: list[str]
+    commit: str
+    dimensions: int
+
+    def __call__(self, files: Iterator[Touched]) -> Iterator[pa.RecordBatch]:
+        """Yield for each file what a commit needs to know: what is left, and what went."""
+        plans = [(touched, self._plan_of(touched)) for touched in files]
+        kept = self._kept_of({path for _, plan in plans for path in plan})
+        for touched, plan in plans:
+            if all(path in kept and is_same for path, is_same in plan.items()):
+                continue  # all of it could not be read before, and cannot be read now
+            rows = pa.Table.from_batches(list(self.table.read(touched.file)))
+            paths = rows["path"].to_pylist()
+            goes = pa.array([path in plan and path not in kept for path in paths])
+            stays = {number: kept[path] for number, path in enumerate(paths) if path in kept}
+            renewed = _listed_anew(rows, stays)
+            if renewed.equals(rows) and not pc.any(goes).as_py():
+                continue
+            left = renewed.filter(pc.invert(goes))
+            others: dict[str, str | int | None] = {"replaces": touched.file}
+            if left.num_rows:
+                path = f"{self.commit}/{uuid.uuid4().hex}.parquet"
+                size = self.table.write(path, left)
+                others |= {"path": path, "size": size, "rows": left.num_rows}
+            yield told(-1, rows.filter(goes), self.dimensions, **others)
+
+    def _plan_of(self, touched: Touched) -> dict[str, bool]:
+        """Return the paths that the plan names, and whether they are listed as they were."""
+        some = Slice(touched.part, touched.start, touched.todo + touched.gone)
+        rows = self.work.read_slice(some)
+        same = rows["same_listing"] if "same_listing" in rows.column_names else rows["path"]
+        is_same = (value is True for value in same.to_pylist())
+        return dict(zip(rows["path"].to_pylist(), is_same, strict=True))
+
+    def _kept_of(self, paths: set[str]) -> dict[str, dict[str, Any]]:
+        """Return what is kept of some images."""
+        rows = (row for name in self.kept for b in self.work.read(name) for row in b.to_pylist())
+        return {row["path"]: row for row in rows if row["path"] in paths}
+
+
+def _listed_anew(rows: pa.Table, stays: dict[int, dict[str, Any]]) -> pa.Table:
+    """Return rows of the table with what is listed of some of them now."""
+    for name in ("length", "modified", "version") if stays else ():
+        place = rows.column_names.index(name)
+        values = rows[name].to_pylist()
+        for number, row in stays.items():
+            values[number] = row[name]
+        field = rows.schema.field(place)
+        rows = rows.set_column(place, field, pa.chunked_array([pa.array(values, field.type)]))
+    return rows

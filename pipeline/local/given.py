@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import NoImagesError, WeightsError
-from pipeline.images import is_image
+from pipeline.listing.images import is_image
 from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import DEFAULT, NETWORKS
 from pipeline.networks.model import find_weights

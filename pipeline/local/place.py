@@ -17,9 +17,9 @@ from pipeline.errors import StateError, StorageError
 from pipeline.job import Job, Observer
 from pipeline.local.loopback import loopback_cluster
 from pipeline.networks.catalogue import NETWORKS
-from pipeline.networks.model import INPUT_SIZE, find_weights, flatbuffer, identify
-from pipeline.storage import Address, S3Settings, open_store
-from pipeline.table import FeatureTable, models_in
+from pipeline.networks.model import INPUT_SIZE, Model, find_weights, flatbuffer, identify
+from pipeline.storage import Address, S3Settings, Store, open_store
+from pipeline.table.feature_table import FeatureTable, models_in
 
 CLUSTERS = Path(".fruits")  # the folders of loopback clusters, below the current one
 
@@ -84,7 +84,12 @@ def make_job(
     backbone: str,
     weights: str | None,
     input_size: int = INPUT_SIZE,
+    *,
+    inventory: str | None = None,
     force: bool = False,
+    allow_removals: bool = False,
+    recompute: bool = False,
+    single_writer: bool = False,
 ) -> Job:
     """Return the job from IMAGES to OUTPUT by a network and its weights.
 
@@ -104,6 +109,10 @@ def make_job(
         s3=place.s3,
         observer=observer,
         force=force,
+        inventory=Address.parse(inventory) if inventory else None,
+        allow_removals=allow_removals,
+        recompute=recompute,
+        single_writer=single_writer,
     )
 
 
@@ -133,7 +142,13 @@ def fetch_weights(address: Address, s3: S3Settings, folder: Path) -> Path:
 
 
 def make_job_of_table(
-    place: Place, observer: Observer, output: str, backbone: str | None, force: bool = False
+    place: Place,
+    observer: Observer,
+    output: str,
+    backbone: str | None,
+    *,
+    force: bool = False,
+    single_writer: bool = False,
 ) -> Job:
     """Return the job that goes on from the feature table below OUTPUT.
 
@@ -143,18 +158,9 @@ def make_job_of_table(
         When OUTPUT holds no complete table, or several and `backbone` does not choose one.
     """
     store = open_store(Address.parse(output), place.s3)
-    models = models_in(store)
-    chosen = [model for model in models if backbone in (None, model.network)]
-    if len(chosen) != 1:
-        held = ", ".join(model.id for model in models) or "none"
-        raise StateError(
-            f"expected the features of one model in {output}"
-            f"{f' and of {backbone}' if backbone else ''}, found: {held}. "
-            + ("Choose with --backbone." if chosen else "Compute them: fruits features --help")
-        )
-    (model,) = chosen
+    model = model_in(store, backbone)
     return Job(
-        images=FeatureTable(store, model).images(),
+        images=FeatureTable(store, model, place.s3).images(),
         output=Address.parse(output),
         model=model,
         flatbuffer=lambda: b"",
@@ -162,4 +168,25 @@ def make_job_of_table(
         s3=place.s3,
         observer=observer,
         force=force,
+        single_writer=single_writer,
     )
+
+
+def model_in(output: Store, backbone: str | None) -> Model:
+    """Return the model whose features lie below an OUTPUT.
+
+    Raises
+    ------
+    StateError
+        When there is none, or several and `backbone` does not choose one.
+    """
+    models = models_in(output)
+    chosen = [model for model in models if backbone in (None, model.network)]
+    if len(chosen) != 1:
+        held = ", ".join(model.id for model in models) or "none"
+        raise StateError(
+            f"expected the features of one model in {output.address}"
+            f"{f' and of {backbone}' if backbone else ''}, found: {held}. "
+            + ("Choose with --backbone." if chosen else "Compute them: fruits features --help")
+        )
+    return chosen[0]

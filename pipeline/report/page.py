@@ -90,12 +90,13 @@ def render_report(
     run : mapping
         The content of ``run.json``.
     scores : pyarrow.Table
-        One row per image: ``path``, ``label`` (null where there is none), ``pc_1`` to ``pc_k``.
-        Beyond ``MAX_POINTS`` rows a seeded sample is drawn, and the page says so.
+        One row per image, or a sample of them: ``path``, ``label`` (null where there is none),
+        ``pc_1`` to ``pc_k``. Beyond ``MAX_POINTS`` rows a seeded sample is drawn; the page says so.
     variance_ratio : ndarray of shape (components,)
         Share of the variance of every component, kept or not, largest first.
     quarantine : pyarrow.Table
-        One row per image that has no features: ``path``, ``stage``, ``reason``.
+        One row per image that has no features, or the first of them: ``path``, ``stage``,
+        ``reason``.
     thumbnails : mapping of str to sequence of bytes
         JPEG pictures by label; those of images without a label under ``""``.
 
@@ -104,7 +105,7 @@ def render_report(
     str
         A complete HTML document. It is a pure function of the arguments.
     """
-    plane = _plane(scores)
+    plane = _plane(scores, run["labels"])
     with style.context(["default", STYLE]):  # not what the notebook around us has set
         scree = _svg(_scree(variance_ratio, run["pca"]["k"]), "scree")
         cloud = _svg(_cloud(plane, variance_ratio), "cloud")
@@ -117,7 +118,7 @@ def render_report(
         varieties=_varieties(plane, thumbnails),
         marks=len(COLOURS) * len(OUTLINES),
         milestones=_milestones(variance_ratio),
-        quarantine=_quarantine(quarantine, run["images"]),
+        quarantine=_quarantine(quarantine, run["images"], run["counts"]["quarantined"]),
         stages=_stages(run["timings"]),
     )
 
@@ -153,13 +154,17 @@ class Variety:
     anchor: tuple[float, float] | None  # of its name on the plot, in percent; none without room
 
 
-def _plane(scores: pa.Table) -> Plane:
-    """Choose the points to draw and scale them to the unit square."""
+def _plane(scores: pa.Table, images: Mapping[str, int]) -> Plane:
+    """Choose the points to draw and scale them to the unit square.
+
+    `images` has for each label how many images there are: the scores may be a sample of them.
+    """
     labels = [label or "" for label in scores["label"].to_pylist()]
     names = sorted(set(labels), key=_natural)
     position = {name: i for i, name in enumerate(names)}
     variety = np.array([position[label] for label in labels], dtype=np.intp)
-    counts = [int(count) for count in np.bincount(variety, minlength=len(names))]
+    drawn_of = np.bincount(variety, minlength=len(names)).tolist()
+    counts = [max(images.get(name, 0), drawn) for name, drawn in zip(names, drawn_of, strict=True)]
 
     random = np.random.default_rng(0)
     drawn = np.arange(len(labels))
@@ -368,7 +373,7 @@ def _milestones(ratio: Floats) -> list[tuple[float, int]]:
     ]
 
 
-def _quarantine(table: pa.Table, images: str) -> dict[str, Any]:
+def _quarantine(table: pa.Table, images: str, total: int) -> dict[str, Any]:
     """Rows to list, paths relative to the images, and what they have in common."""
     rows = [
         (path.removeprefix(images.rstrip("/") + "/"), stage, reason)
@@ -378,7 +383,8 @@ def _quarantine(table: pa.Table, images: str) -> dict[str, Any]:
     ]
     groups = Counter((stage, reason) for _, stage, reason in rows)
     return {
-        "total": len(rows),
+        "total": max(total, len(rows)),
+        "looked_at": len(rows),
         "rows": rows[:MAX_QUARANTINE_ROWS],
         "groups": groups.most_common(MAX_QUARANTINE_GROUPS),
         "kinds": len(groups),

@@ -33,6 +33,7 @@ BENCHMARKS = (
     "notebook",
     "pca",
     "rerun",
+    "scale",
     "memory",
     "correctness",
 )

@@ -14,15 +14,15 @@ from pyspark.sql import SparkSession
 
 from pipeline.engine.session import make_session
 from pipeline.features import Progress
-from pipeline.images import is_image
 from pipeline.job import Job, PCAOptions
+from pipeline.listing.images import is_image
 from pipeline.local.given import open_images
 from pipeline.local.loopback import Loopback, loopback_cluster
 from pipeline.local.place import CLUSTERS
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, flatbuffer, identify
 from pipeline.storage import Address, BucketStore, open_store
-from pipeline.table import FeatureTable
+from pipeline.table.feature_table import FeatureTable
 from tests.benchmarks.results import Result
 
 MANY = "fruits-360-3body-test.tar"  # 13,810 images, for speed
@@ -77,7 +77,7 @@ class Place:
     def table(self, output: str) -> FeatureTable:
         """Return a feature table below an OUTPUT of this name, with its model in place."""
         address = Address(BUCKET, output)
-        table = FeatureTable(open_store(address, self.cluster.s3), self.model)
+        table = FeatureTable(open_store(address, self.cluster.s3), self.model, self.cluster.s3)
         table.open(self.flatbuffer)
         return table
 

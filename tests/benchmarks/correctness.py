@@ -60,8 +60,8 @@ def _run(place: Place) -> tuple[np.ndarray, np.ndarray, np.ndarray, PCA]:
     with application(place.cluster) as spark:
         job = place.job("correctness", spark, COMPONENTS)
         job.run()
-        index = job.table.read_index()
-        rows = job.table.rows(spark, index).toArrow().sort_by("path")
+        snapshot = job.table.snapshot()
+        rows = job.table.features(spark, snapshot).toArrow().sort_by("path")
         matrix = spark.read.parquet((job.output / "matrix.parquet").uri).toArrow().sort_by("path")
     if rows["path"] != matrix["path"] or rows.num_rows != len(place.files):
         raise RuntimeError(f"expected a row for each of {len(place.files)} images")

@@ -1,24 +1,27 @@
 """Does the whole feature job keep the cores as busy with the network as the network alone would?
 
 `features_over_network`: images/s of `compute_features` (from images on S3 to a committed feature
-table on S3, its index included), divided by the images/s of the network alone on the same cores
-(see network_alone.py), measured directly before and directly after; the machine's own speed
-changes with the hour, the ratio does not. The job runs twice in one application: `_cold` is the
-first (Java and Python workers start, code is compiled), the other is the second, into another
+table on S3, the listing's way there included), divided by the images/s of the network alone on the
+same cores (see network_alone.py), measured directly before and directly after; the machine's own
+speed changes with the hour, the ratio does not. The job runs twice in one application: `_cold` is
+the first (Java and Python workers start, code is compiled), the other is the second, into another
 OUTPUT. Starting the cluster and the application is not timed, nor is the listing.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from pyspark.sql import SparkSession
 
 from pipeline.engine.session import task_slots
 from pipeline.features import compute_features
-from pipeline.images import list_images
+from pipeline.listing.images import list_images
 from pipeline.storage import ImageReader, open_store
+from pipeline.table.parts import Parts
 from tests.benchmarks._common import MANY, Place, Setup, application, images_on_s3
 from tests.benchmarks.network_alone import NetworkAlone
 from tests.benchmarks.results import Result
@@ -57,13 +60,17 @@ def features_per_second(
     place: Place, spark: SparkSession, reader: ImageReader, output: str
 ) -> float:
     """Run the feature job into a new OUTPUT."""
-    listing = list_images(open_store(place.images, place.cluster.s3)).images
     table = place.table(output)
-    began = time.monotonic()
-    done = compute_features(spark, table, listing, reader, place.flatbuffer())
-    seconds = time.monotonic() - began
-    if done.computed != listing.num_rows or done.index["stage"].null_count != listing.num_rows:
-        raise RuntimeError(f"expected features of {listing.num_rows} images, all new; got {done}")
+    with tempfile.TemporaryDirectory(prefix="fruits-") as folder:
+        listing = list_images(open_store(place.images, place.cluster.s3), Path(folder))
+        work = Parts(table.output.address / "_work", place.cluster.s3)
+        began = time.monotonic()
+        for part, _ in listing.parts:
+            open_store(work.address, work.s3).upload(part.name, part)
+        done = compute_features(spark, table, None, listing, reader, place.flatbuffer(), work)
+        seconds = time.monotonic() - began
+    if not done.computed == done.known.features == listing.count:
+        raise RuntimeError(f"expected features of {listing.count} images, all new; got {done}")
     return done.computed / seconds
 
 

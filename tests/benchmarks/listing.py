@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -28,19 +29,15 @@ SECONDS_AWAY = 0.05
 
 def measure(_: Setup) -> list[Result]:
     """Return the ratios, and the figures that they are made of."""
-    with subprocess.Popen([sys.executable, "-m", __name__], stdout=subprocess.PIPE) as server:
-        assert server.stdout
+    with stand_in(FOLDERS, SECONDS_AWAY) as endpoint:
         options: dict[str, Any] = {
-            "endpoint_url": f"http://127.0.0.1:{int(server.stdout.readline())}",
+            "endpoint_url": endpoint,
             "region_name": "us-east-1",
             "aws_access_key_id": "key",
             "aws_secret_access_key": "secret",
         }
-        try:
-            boto3_cpu, boto3_wall = _timed(lambda: _boto3(boto3.client("s3", **options)))
-            our_cpu, our_wall = _timed(lambda: _ours(client(**options)))
-        finally:
-            server.terminate()
+        boto3_cpu, boto3_wall = _timed(lambda: _boto3(boto3.client("s3", **options)))
+        our_cpu, our_wall = _timed(lambda: _ours(client(**options)))
     pages = FOLDERS * PAGES
     return [
         Result("listing_cpu", our_cpu / boto3_cpu, "ratio", "<= 0.143"),
@@ -48,6 +45,19 @@ def measure(_: Setup) -> list[Result]:
         Result("listing_page_boto3", boto3_cpu / pages * 1000, "CPU ms"),
         Result("listing_page", our_cpu / pages * 1000, "CPU ms"),
     ]
+
+
+@contextmanager
+def stand_in(folders: int, seconds_away: float = 0, gone: int = 0) -> Iterator[str]:
+    """Serve the listing of so many folders, without the first `gone` images of each."""
+    options = map(str, (folders, seconds_away, gone))
+    command = [sys.executable, "-m", __name__, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        try:
+            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.terminate()
 
 
 def _timed(listed: Callable[[], Iterator[str]]) -> tuple[float, float]:
@@ -71,18 +81,19 @@ def _ours(s3: Any) -> Iterator[str]:
 
 
 class _Pages(BaseHTTPRequestHandler):
-    """S3's ListObjectsV2 of FOLDERS times PAGES times KEYS rendered objects below `images/`."""
+    """S3's ListObjectsV2 of `folders` times PAGES times KEYS rendered objects below `images/`."""
 
+    folders, seconds_away, gone = FOLDERS, SECONDS_AWAY, 0
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
 
     def do_GET(self) -> None:
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-        time.sleep(SECONDS_AWAY)
+        time.sleep(self.seconds_away)
         if "delimiter" in asked:
-            body = _level() if asked["prefix"] == "images/" else b""
+            body = self._level() if asked["prefix"] == "images/" else b""
         else:
-            body = _page(asked["prefix"], int(asked.get("continuation-token", 0)))
+            body = self._page(asked["prefix"], int(asked.get("continuation-token", 0)))
         self.send_response(200)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
@@ -93,6 +104,35 @@ class _Pages(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
+    def _level(self) -> bytes:
+        names = "".join(
+            f"<CommonPrefixes><Prefix>images/{number:04}/</Prefix></CommonPrefixes>"
+            for number in range(self.folders)
+        )
+        return f"{_HEAD}<IsTruncated>false</IsTruncated>{names}</ListBucketResult>".encode()
+
+    def _page(self, prefix: str, number: int) -> bytes:
+        """Render a page; the first of all folders is followed by the others' first to last."""
+        folder = prefix.removeprefix("images/").removesuffix("/")
+        pages = PAGES if folder else self.folders * PAGES
+        name, page = (folder, number) if folder else (f"{number // PAGES:04}", number % PAGES)
+        objects = "".join(
+            f"<Contents><Key>images/{name}/{name_of(page, key).replace(' ', '+')}</Key>"
+            "<LastModified>2026-01-31T12:00:00.000Z</LastModified>"
+            f"<ETag>&quot;{key:032x}&quot;</ETag><Size>{4000 + key}</Size>"
+            "<StorageClass>STANDARD</StorageClass></Contents>"
+            for key in range(0 if page else self.gone, KEYS)
+        )
+        is_last = number + 1 == pages
+        more = "" if is_last else f"<NextContinuationToken>{number + 1}</NextContinuationToken>"
+        told = f"<IsTruncated>{str(not is_last).lower()}</IsTruncated>{more}"
+        return f"{_HEAD}{told}{objects}</ListBucketResult>".encode()
+
+
+def name_of(page: int, key: int) -> str:
+    """Return the name of an image within its folder."""
+    return f"Apple Braeburn {page}_{key:04}_100.jpg"
+
 
 _HEAD = (
     '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult '
@@ -100,33 +140,9 @@ _HEAD = (
 )
 
 
-def _level() -> bytes:
-    folders = "".join(
-        f"<CommonPrefixes><Prefix>images/{number:02}/</Prefix></CommonPrefixes>"
-        for number in range(FOLDERS)
-    )
-    return f"{_HEAD}<IsTruncated>false</IsTruncated>{folders}</ListBucketResult>".encode()
-
-
-def _page(prefix: str, number: int) -> bytes:
-    """Render a page; the first of all folders is followed by the others' first to last."""
-    folder = prefix.removeprefix("images/").removesuffix("/")
-    pages = PAGES if folder else FOLDERS * PAGES
-    name, page = (folder, number) if folder else (f"{number // PAGES:02}", number % PAGES)
-    objects = "".join(
-        f"<Contents><Key>images/{name}/Apple+Braeburn+{page}_{key:04}_100.jpg</Key>"
-        "<LastModified>2026-01-31T12:00:00.000Z</LastModified>"
-        f"<ETag>&quot;{key:032x}&quot;</ETag><Size>{4000 + key}</Size>"
-        "<StorageClass>STANDARD</StorageClass></Contents>"
-        for key in range(KEYS)
-    )
-    is_last = number + 1 == pages
-    more = "" if is_last else f"<NextContinuationToken>{number + 1}</NextContinuationToken>"
-    told = f"<IsTruncated>{str(not is_last).lower()}</IsTruncated>{more}"
-    return f"{_HEAD}{told}{objects}</ListBucketResult>".encode()
-
-
 if __name__ == "__main__":
+    folders, seconds, gone = sys.argv[1:]
+    _Pages.folders, _Pages.seconds_away, _Pages.gone = int(folders), float(seconds), int(gone)
     listening = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
     print(listening.server_address[1], flush=True)
     listening.serve_forever()

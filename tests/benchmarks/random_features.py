@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from pipeline.table import CODEC
+from pipeline.table.feature_table import CODEC
 
 DIMENSIONS = 1280
 

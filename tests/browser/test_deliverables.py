@@ -61,15 +61,15 @@ def browser() -> Iterator[Browser]:
         yield running
 
 
-def test_the_notebook_computes_what_its_first_look_left_and_draws_it(executed: Path) -> None:
+def test_the_notebook_computes_each_photo_once_and_draws_it(executed: Path) -> None:
     cells = nbformat.read(executed / "fruits.ipynb", as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 7  # the contact sheet, scree, the plane, four rows of neighbours
     text = "\n".join(str(output.get("text", output.get("data", ""))) for output in outputs)
-    assert "24 computed, 0 were there, 0 in quarantine" in text
-    assert "96 of 96 images" in text
+    assert "{'computed': 120, 'reused': 0, 'quarantined': 0}" in text
+    assert "120 of 120 images" in text
     assert re.search(r"120 rows x \d+ components, 120 in CSV", text)
     assert "MapInPandas" in text
     assert "/jobs/" in text

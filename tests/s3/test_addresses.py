@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import boto3
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import NoImagesError, StorageError
-from pipeline.images import list_images
+from pipeline.listing.images import list_images
 from pipeline.local.loopback import Loopback
 from pipeline.local.ports import free_ports
 from pipeline.pages import pages_of
@@ -27,17 +28,17 @@ def nobody() -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def test_a_bucket_that_is_missing_is_named(cluster: Loopback) -> None:
+def test_a_bucket_that_is_missing_is_named(cluster: Loopback, tmp_path: Path) -> None:
     store = BucketStore(Address("no-such-bucket", "images"), cluster.s3)
     with pytest.raises(StorageError, match=r"no-such-bucket.*does not exist.*create it"):
-        list_images(store)
+        list_images(store, tmp_path)
 
 
-def test_an_empty_prefix_says_how_to_fill_it(bucket: BucketStore) -> None:
+def test_an_empty_prefix_says_how_to_fill_it(bucket: BucketStore, tmp_path: Path) -> None:
     bucket.write("elsewhere/readme.txt", b"no image")
     for prefix in ("nothing-here", "elsewhere"):
         with pytest.raises(NoImagesError, match="fruits upload"):
-            list_images(open_store(bucket.address / prefix, bucket.s3))
+            list_images(open_store(bucket.address / prefix, bucket.s3), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -45,27 +46,30 @@ def test_an_empty_prefix_says_how_to_fill_it(bucket: BucketStore) -> None:
     [({"access_key": "UNKNOWNKEY"}, "access key"), ({"secret_key": "wrong"}, "secret key")],
 )
 def test_wrong_credentials_are_told_apart(
-    cluster: Loopback, bucket: BucketStore, wrong: dict[str, str], word: str
+    cluster: Loopback, bucket: BucketStore, tmp_path: Path, wrong: dict[str, str], word: str
 ) -> None:
     store = BucketStore(bucket.address, replace(cluster.s3, **wrong))
     with pytest.raises(StorageError, match=word):
-        list_images(store)
+        list_images(store, tmp_path)
 
 
-def test_an_endpoint_that_is_down_is_named(bucket: BucketStore) -> None:
+def test_an_endpoint_that_is_down_is_named(bucket: BucketStore, tmp_path: Path) -> None:
     down = replace(bucket.s3, endpoint=nobody())
     with pytest.raises(StorageError, match=r"127\.0\.0\.1.*Check the endpoint"):
-        list_images(BucketStore(bucket.address, down))
+        list_images(BucketStore(bucket.address, down), tmp_path)
     with pytest.raises(StorageError, match="Run again"):
         BucketStore(bucket.address, down).upload("a.jpg", Path(__file__))
 
 
-def test_every_name_that_s3_allows_can_be_listed_and_read(bucket: BucketStore) -> None:
+def test_every_name_that_s3_allows_can_be_listed_and_read(
+    bucket: BucketStore, tmp_path: Path
+) -> None:
     images = good_images()
     for key, content in images.items():
         bucket.write(f"images/{key}", content)
     store = open_store(bucket.address / "images", bucket.s3)
-    listing = list_images(store).images.to_pylist()
+    list_images(store, tmp_path)
+    listing = pq.read_table(tmp_path).to_pylist()
     assert {row["path"] for row in listing} == images.keys()
     read = ImageReader(store.address, bucket.s3).open()
     for row in listing:

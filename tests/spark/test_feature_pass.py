@@ -2,49 +2,86 @@
 
 from __future__ import annotations
 
-import json
+import io
+import os
+import tempfile
+import uuid
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import polars
 import pytest
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
 
+from pipeline import upkeep
 from pipeline.errors import StateError
-from pipeline.features import Progress, compute_features
-from pipeline.images import list_images
+from pipeline.features import Pass, Progress, compute_features, count, nothing_to_compute
+from pipeline.listing.images import Listing, list_images
 from pipeline.local.loopback import Loopback
 from pipeline.networks.decode import decode
 from pipeline.networks.model import Model, load_network
 from pipeline.storage import Address, BucketStore, ImageReader, open_store
-from pipeline.table import DECODE, READ, FeatureTable, Pass, as_lists, models_in, nothing_to_compute
+from pipeline.table.feature_table import DECODE, READ, FeatureTable, models_in
+from pipeline.table.parts import Parts
 from tests.conftest import new_bucket
 from tests.corpus import bad_images, encoded, good_images, picture
 from tests.waiting import eventually
+
+Network = tuple[Model, bytes]
 
 
 class Place:
     """Images and features in one bucket, and the pass between them."""
 
-    def __init__(self, spark: object, bucket: BucketStore, network: tuple[Model, bytes]) -> None:
+    def __init__(self, spark: SparkSession, bucket: BucketStore, network: Network) -> None:
         self.spark = spark
         self.images = open_store(bucket.address / "images", bucket.s3)
         self.output = open_store(bucket.address / "output", bucket.s3)
         self.model, self.flatbuffer = network
-        self.table = FeatureTable(self.output, self.model)
         self.reader = ImageReader(self.images.address, bucket.s3)
+        self.table = FeatureTable(self.output, self.model, bucket.s3)
 
-    def listed(self) -> pa.Table:
-        return list_images(self.images).images
+    def listed(self) -> Listing:
+        return list_images(self.images, Path(tempfile.mkdtemp()))
 
-    def run(self, listing: pa.Table | None = None, **options: object) -> Pass:
+    def run(self, listing: Listing | None = None, **options: Any) -> Pass:
+        base = self.table.snapshot()
+        listing = listing or self.listed()
         flatbuffer = self.table.open(lambda: self.flatbuffer)
-        images = self.listed() if listing is None else listing
-        return compute_features(self.spark, self.table, images, self.reader, flatbuffer, **options)
+        work = self.output.address / f"_work/{uuid.uuid4().hex}"
+        for part, _ in listing.parts:
+            open_store(work, self.reader.s3).upload(part.name, part)
+        parts = Parts(work, self.reader.s3)
+        return compute_features(
+            self.spark, self.table, base, listing, self.reader, flatbuffer, parts, **options
+        )
+
+    def has_nothing_to_compute(self) -> bool:
+        found = nothing_to_compute(self.table, self.table.snapshot(), self.listed(), self.reader)
+        return found is not None
 
     def rows(self, done: Pass) -> dict[str, np.ndarray]:
-        rows = self.table.rows(self.spark, done.index).toArrow().to_pylist()
-        return {row["path"]: np.frombuffer(row["features"], np.float32) for row in rows}
+        rows = self.table.features(self.spark, done.snapshot).toArrow().to_pylist()
+        return {row["path"]: np.array(row["features"], np.float32) for row in rows}
+
+    def outcomes(self, done: Pass) -> dict[str, tuple[str | None, str | None]]:
+        """Return stage and reason of each image, after a look at all that is known of the rows."""
+        frame = self.table.read(self.spark, done.snapshot, ["path", "stage", "reason"])
+        rows = frame.toArrow().to_pylist()
+        found = {row["path"]: (row["stage"], row["reason"]) for row in rows}
+        assert len(found) == len(rows) == done.snapshot.rows, "one live row for each image"
+        counted = count(self.spark, self.table, done.snapshot)
+        for name in ("rows", "quarantined", "unreadable", "features"):
+            assert getattr(done.known, name) == getattr(counted, name)
+        known, anew = done.known.running.moments, counted.running.moments
+        assert known.n == anew.n == counted.features
+        largest = np.abs(anew.scatter).max()
+        np.testing.assert_allclose(known.scatter, anew.scatter, rtol=0, atol=1e-9 * largest)
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,7 +94,7 @@ class Corpus:
 
 
 @pytest.fixture(scope="module")
-def corpus(spark: object, cluster: Loopback, small_network: tuple[Model, bytes]) -> Corpus:
+def corpus(spark: SparkSession, cluster: Loopback, small_network: Network) -> Corpus:
     place = Place(spark, new_bucket(cluster), small_network)
     put(place, good_images() | {key: content for key, (content, _) in bad_images().items()})
     place.images.write("folder marker.jpg/", b"")
@@ -67,7 +104,7 @@ def corpus(spark: object, cluster: Loopback, small_network: tuple[Model, bytes])
 
 
 @pytest.fixture
-def place(spark: object, bucket: BucketStore, small_network: tuple[Model, bytes]) -> Place:
+def place(spark: SparkSession, bucket: BucketStore, small_network: Network) -> Place:
     return Place(spark, bucket, small_network)
 
 
@@ -80,14 +117,9 @@ def jpeg(shift: int) -> bytes:
     return encoded(picture(50 + shift, 40), "JPEG")
 
 
-def outcomes(done: Pass) -> dict[str, tuple[str | None, str | None]]:
-    rows = done.index.select(["path", "stage", "reason"]).to_pylist()
-    return {row["path"]: (row["stage"], row["reason"]) for row in rows}
-
-
 def test_every_image_listed_ends_in_features_or_in_quarantine_with_a_reason(corpus: Corpus) -> None:
     good, bad = good_images(), bad_images()
-    found = outcomes(corpus.done)
+    found = corpus.place.outcomes(corpus.done)
     assert found.keys() == good.keys() | bad.keys()
     assert {key for key, (stage, _) in found.items() if stage} == bad.keys()
     for key, (_, word) in bad.items():
@@ -106,17 +138,8 @@ def test_features_are_those_of_the_network_called_by_hand(corpus: Corpus) -> Non
         np.testing.assert_array_equal(rows[key], expected)
 
 
-def test_features_become_lists_for_spark_ml(corpus: Corpus) -> None:
-    place = corpus.place
-    rows = as_lists(place.table.rows(place.spark, corpus.done.index)).collect()
-    expected = place.rows(corpus.done)
-    assert {row["path"] for row in rows} == expected.keys()
-    for row in rows:
-        np.testing.assert_array_equal(np.array(row["features"], np.float32), expected[row["path"]])
-
-
 def test_the_tasks_run_on_both_workers(corpus: Corpus) -> None:
-    tracker = corpus.place.spark.sparkContext._jsc.sc().statusTracker()  # type: ignore[attr-defined]
+    tracker = corpus.place.spark.sparkContext._jsc.sc().statusTracker()
     # The driver and one executor on each worker; one that was lost is replaced.
     assert eventually(lambda: len(tracker.getExecutorInfos()) == 1 + 2)
 
@@ -130,7 +153,7 @@ def test_a_folder_on_this_machine_gives_the_same_features_as_s3(
         file.write_bytes(content)
     folder = open_store(Address.parse(str(tmp_path)), place.reader.s3)
     place.reader = ImageReader(folder.address, place.reader.s3)
-    from_folder = place.rows(place.run(list_images(folder).images))
+    from_folder = place.rows(place.run(list_images(folder, Path(tempfile.mkdtemp()))))
     from_s3 = corpus.place.rows(corpus.done)
     assert from_s3.keys() == from_folder.keys()
     for path, features in from_s3.items():
@@ -145,7 +168,7 @@ def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken
     place.images.delete("a/0.jpg")
     place.images.write("a/1.jpg", jpeg(9))
 
-    found = outcomes(place.run(listing))
+    found = place.outcomes(place.run(listing))
     assert found["a/0.jpg"][0] == READ
     assert "deleted" in str(found["a/0.jpg"][1])
     assert found["a/1.jpg"][0] == READ
@@ -154,7 +177,7 @@ def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken
 
     again = place.run()
     assert (again.computed, again.reused, again.dropped) == (1, 2, 1)
-    assert set(outcomes(again).values()) == {(None, None)}
+    assert set(place.outcomes(again).values()) == {(None, None)}
 
 
 def test_a_rerun_computes_what_is_new_changed_or_not_proven_and_drops_those_that_are_gone(
@@ -163,31 +186,115 @@ def test_a_rerun_computes_what_is_new_changed_or_not_proven_and_drops_those_that
     put(place, {f"a/{n}.jpg": jpeg(n) for n in range(6)})
     first = place.run()
     assert (first.computed, first.reused, first.dropped) == (6, 0, 0)
-    assert nothing_to_compute(place.table, place.listed()) is not None
+    assert (
+        nothing_to_compute(place.table, place.table.snapshot(), place.listed(), place.reader)
+        is not None
+    )
 
     place.images.delete("a/0.jpg")
     place.images.write("a/1.jpg", jpeg(20))
     put(place, {f"b/{n}.jpg": jpeg(10 + n) for n in range(3)})
-    assert nothing_to_compute(place.table, place.listed()) is None
+    assert (
+        nothing_to_compute(place.table, place.table.snapshot(), place.listed(), place.reader)
+        is None
+    )
     second = place.run()
     assert (second.computed, second.reused, second.dropped) == (4, 4, 1)
+    assert set(place.outcomes(second).values()) == {(None, None)}
+    grown = place.rows(second)
 
     scratch = open_store(place.output.address / "scratch", place.reader.s3)
-    place.table = FeatureTable(scratch, place.model)
-    fresh = place.run()
-    grown_rows = FeatureTable(place.output, place.model).rows(place.spark, second.index)
-    grown = {row["path"]: row["features"] for row in grown_rows.toArrow().to_pylist()}
-    for path, features in place.rows(fresh).items():
-        np.testing.assert_array_equal(np.frombuffer(grown.pop(path), np.float32), features)
+    place.table = FeatureTable(scratch, place.model, place.reader.s3)
+    for path, features in place.rows(place.run()).items():
+        np.testing.assert_array_equal(grown.pop(path), features)
     assert not grown
 
-    # A batch counts only once its commit is proven.
-    (batch,) = place.table.committed_batches()
-    proof = f"{place.table.root}/batches/{batch}/_SUCCESS"
-    assert json.loads(scratch.read(proof) or b"{}")["committer"] == "magic"
-    scratch.delete(proof)
-    assert place.table.committed_batches() == []
-    assert place.run().computed == 8
+
+def test_an_image_whose_time_alone_is_new_is_read_and_not_computed_again(
+    place: Place, tmp_path: Path
+) -> None:
+    for number in range(4):
+        file = tmp_path / f"a/{number}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(jpeg(number))
+    place.images = open_store(Address.parse(str(tmp_path)), place.reader.s3)
+    place.reader = ImageReader(place.images.address, place.reader.s3)
+    before = place.rows(place.run())
+    for number in range(3):
+        os.utime(tmp_path / f"a/{number}.jpg", (1, 1))
+    (tmp_path / "a/2.jpg").write_bytes(jpeg(9))
+    again = place.run()
+    assert (again.computed, again.reused) == (1, 3)
+    after = place.rows(again)
+    np.testing.assert_array_equal(after["a/0.jpg"], before["a/0.jpg"])
+    assert not np.array_equal(after["a/2.jpg"], before["a/2.jpg"])
+    assert set(place.outcomes(again).values()) == {(None, None)}
+    assert place.run().computed == 0
+
+
+def test_an_inventory_leaves_alone_what_is_too_young_for_it(place: Place) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(3)})
+    place.run()
+    place.images.delete("a/0.jpg")
+    place.images.write("a/1.jpg", jpeg(9))
+    put(place, {"a/3.jpg": jpeg(3)})
+    listing = replace(place.listed(), sure_until=datetime(2020, 1, 1, tzinfo=UTC))
+    done = place.run(listing)
+    assert (done.computed, done.dropped, done.unsure, done.known.rows) == (1, 0, 2, 4)
+    sure = place.run(replace(listing, sure_until=datetime.now(UTC) + timedelta(days=1)))
+    assert (sure.computed, sure.dropped, sure.unsure, sure.known.rows) == (1, 1, 0, 3)
+
+
+def test_small_files_are_merged_and_old_ones_deleted_beside_a_reader(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "MOST_SMALL_FILES", 8)
+    monkeypatch.setattr(upkeep, "SHORTEST_RETENTION", timedelta(0))
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(6)})
+    first = place.run()
+    put(place, {f"b/{n}.jpg": jpeg(n) for n in range(6)})
+    done = place.run()
+    assert len(first.snapshot.files) == 6
+    assert len(done.snapshot.files) == 1, "twelve small files became one"
+    assert set(place.outcomes(done).values()) == {(None, None)}
+    assert place.has_nothing_to_compute()
+
+    place.table.parts.put("killed/orphan.parquet", io.BytesIO(b"left by a run that was killed"))
+    before = place.rows(first)
+    swept = upkeep.vacuum(place.table, timedelta(0))
+    assert swept.files == 12 + 1
+    left = {e.key for e in place.table.delta.store.list() if not e.key.startswith("_delta_log/")}
+    assert left == set(done.snapshot.files)
+    after = place.rows(done)
+    assert before.keys() < after.keys()
+    with pytest.raises(Exception, match=r"not found|NotFound"):
+        place.rows(first)
+
+
+def test_rows_of_another_program_are_counted_and_what_it_took_is_computed_again(
+    place: Place,
+) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(6)})
+    first = place.run()
+    delta = DeltaTable(place.table.delta._uri, storage_options=place.table.delta._options)
+    delta.delete("path = 'a/0.jpg'")
+    again = place.run()
+    assert (again.computed, again.reused, again.recounted) == (1, 5, True)
+    assert place.outcomes(again) == place.outcomes(first)
+    assert place.rows(again).keys() == place.rows(first).keys()
+
+
+def test_the_table_is_read_by_others(corpus: Corpus) -> None:
+    delta = corpus.place.table.delta
+    ours, outcomes = corpus.place.rows(corpus.done), corpus.place.outcomes(corpus.done)
+    frame = polars.read_delta(delta._uri, storage_options=delta._options)
+    assert frame.schema["features"] == polars.List(polars.Float32)
+    found = {row["path"]: row for row in frame.to_dicts()}
+    assert found.keys() == outcomes.keys()
+    for path, row in found.items():
+        assert (row["stage"], row["reason"]) == outcomes[path]
+        if path in ours:
+            np.testing.assert_array_equal(np.array(row["features"], np.float32), ours[path])
 
 
 def test_a_table_of_another_model_is_refused(place: Place) -> None:
@@ -195,4 +302,4 @@ def test_a_table_of_another_model_is_refused(place: Place) -> None:
     assert models_in(place.output) == [place.model]
     other = replace(place.model, weights_sha256="0" * 64)
     with pytest.raises(StateError, match="should hold features of"):
-        FeatureTable(place.output, other).open(lambda: place.flatbuffer)
+        FeatureTable(place.output, other, place.reader.s3).open(lambda: place.flatbuffer)

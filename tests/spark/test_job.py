@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hmac
 import json
 import re
 import shutil
@@ -88,9 +89,10 @@ def test_the_whole_job_writes_all_that_it_promises(
     assert float(variance[-1]["cumulative"]) == pytest.approx(1)
     assert "<svg" in (output / "report.html").read_text()
     assert {file.name for file in (output / "model").iterdir()} == {
-        "pca.npz", "state.json", "state.npz",
+        "pca.npz",
     }  # fmt: skip
     assert not (output / "_next").exists()
+    assert not list((output / "_work").glob("*"))
 
 
 def test_a_rerun_with_nothing_new_starts_no_spark(
@@ -183,29 +185,56 @@ def test_more_components_than_the_rank_is_an_error_and_the_result_stays(
     assert (output / "run.json").read_text() == before
 
 
-def test_a_damaged_state_is_told_and_force_fits_anew(
+def test_a_forgotten_image_leaves_no_file_that_named_it(
     fruits_on_spark: Fruits, pictures: Path, output: Path
 ) -> None:
-    state = output / "model" / "state.npz"
-    state.write_bytes(state.read_bytes()[:-100])
-    done = fruits_on_spark("run", pictures, output, *SMALL)
-    assert done.returncode == 1
-    assert "sha256" in done.stderr
-    assert "--force" in done.stderr
-    done = fruits_on_spark("run", pictures, output, *SMALL, "--force")
+    image = next((pictures / "Kiwi Cut").glob("*.jpg"))
+    path = str(image.relative_to(pictures))
+    refused = fruits_on_spark("forget", output, path)
+    assert refused.returncode == 1
+    assert "to be deleted before it is forgotten" in refused.stderr
+    image.unlink()
+    done = fruits_on_spark("forget", output, path)
     assert done.returncode == 0, done.stderr
-    assert run_json(output)["pca"]["fit"] == "full"
+    assert "1 images forgotten, 1 of them had a row" in done.stdout
+    for file in filter(Path.is_file, output.rglob("*")):
+        assert path.encode() not in file.read_bytes(), file
+        if file.suffix == ".parquet" and "_delta_log" not in file.parts:
+            assert path not in pq.read_table(file)["path"].to_pylist(), file
+    (kept,) = output.glob("features/*/forgotten/*.json")
+    key = bytes.fromhex(done.stdout.split()[-1])
+    expected = hmac.digest(key, path.encode(), "sha256").hex()
+    assert json.loads(kept.read_text())["hashes"] == [expected]
+    again = fruits_on_spark("run", pictures, output, *SMALL, "--standardize")
+    assert again.returncode == 0, again.stderr
+    assert run_json(output)["counts"]["computed"] == 0
+
+
+def test_what_is_known_of_the_rows_is_counted_anew_where_it_was_damaged(
+    fruits_on_spark: Fruits, pictures: Path, output: Path
+) -> None:
+    for state in output.glob("features/*/states/*.npz"):
+        state.write_bytes(state.read_bytes()[:-100])
+    before = output.with_name("before")
+    shutil.copytree(output, before)
+    done = fruits_on_spark("run", pictures, output, *SMALL, "--standardize")
+    assert done.returncode == 0, done.stderr
+    run = run_json(output)
+    assert (run["counts"]["computed"], run["pca"]["fit"]) == (0, "full")
+    assert_same_matrix(before, output)
+    done = fruits_on_spark("run", pictures, output, *SMALL, "--standardize")
+    assert "spark" not in run_json(output)["timings"]
 
 
 def test_a_run_that_died_among_its_last_steps_is_made_good_by_the_same_command(
     fruits_on_spark: Fruits, pictures: Path, output: Path
 ) -> None:
     (output / "run.json").unlink()
-    (output / "model" / "state.npz").unlink()
+    shutil.rmtree(output / "model")
     done = fruits_on_spark("run", pictures, output, *SMALL)
     assert done.returncode == 0, done.stderr
     run = run_json(output)
-    assert (run["counts"]["computed"], run["pca"]["fit"]) == (0, "full")
+    assert (run["counts"]["computed"], run["pca"]["rows_read"]) == (0, 0)
 
 
 @pytest.fixture(params=["the driver", "the workers"])

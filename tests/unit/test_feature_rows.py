@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyspark.accumulators import Accumulator, AddingAccumulatorParam
-from pyspark.sql.pandas.types import to_arrow_schema
 
-from pipeline import task
-from pipeline.errors import StateError
-from pipeline.features import _count_gone, _live_index, _not_in
-from pipeline.images import LISTING, list_images
-from pipeline.job import _digests
+from pipeline import plan, task
+from pipeline.errors import RemovalsError, StateError
+from pipeline.features import nothing_to_compute
+from pipeline.listing.images import LISTING, Listing, list_images
 from pipeline.networks.decode import BadImageError
 from pipeline.networks.model import Model
+from pipeline.pca import Moments, feature_matrix
+from pipeline.plan import TODO, Plan, Touched, WritePlan, check_removals, cut_into
 from pipeline.storage import Address, FolderStore, ImageReader, S3Settings
-from pipeline.table import (
-    ARROW_ROWS,
+from pipeline.table.delta import Snapshot
+from pipeline.table.feature_table import (
     DECODE,
-    KEY,
+    DECODER,
     READ,
-    ROWS,
+    RUNTIME,
+    TABLE,
     FeatureTable,
+    Known,
+    LastPass,
     Speed,
-    index_schema,
-    largest_pass,
     models_in,
-    nothing_to_compute,
-    pass_of,
+    written,
 )
-from pipeline.task import GETS_AT_ONCE, PassOverImages, _checked, _read_ahead, _Unreadable
+from pipeline.table.parts import Parts, Slice, cut
+from pipeline.task import (
+    GETS_AT_ONCE,
+    PassOverImages,
+    Rewrite,
+    _checked,
+    _read_ahead,
+    _Unreadable,
+)
 from tests.corpus import bad_images, encoded, good_images, picture
 
 MODEL = Model("net-32-abc", "net", 32, 3, "as it is", "weights.h5", "0" * 64)
@@ -131,7 +144,8 @@ def address_of(folder: Path) -> Address:
 
 
 def listing_of(folder: Path) -> pa.Table:
-    return list_images(FolderStore(address_of(folder))).images
+    listing = list_images(FolderStore(address_of(folder)), Path(tempfile.mkdtemp()))
+    return pa.concat_tables([pq.read_table(part) for part, _ in listing.parts])
 
 
 def test_an_image_is_read_only_as_it_was_listed(tmp_path: Path) -> None:
@@ -193,25 +207,39 @@ def failing(error: Exception) -> Callable[[str], tuple[bytes, str]]:
 # --- the pass of a task ----------------------------------------------------------------------
 
 
-def test_the_rows_of_arrow_and_of_spark_are_the_same() -> None:
-    assert to_arrow_schema(ROWS, timezone="UTC") == ARROW_ROWS
-
-
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PassOverImages:
     """The pass with a network that gives the mean colour: real reads and decodes, no weights."""
     monkeypatch.setattr(task, "_network", lambda _: lambda pixels: pixels.mean(axis=(0, 1)))
     done, quarantined = (Accumulator(n, 0, AddingAccumulatorParam(0)) for n in (71, 72))
     reader = ImageReader(address_of(folder), S3Settings())
+    apart = Path(tempfile.mkdtemp())
+    work, table = (Parts(address_of(apart / name), S3Settings()) for name in ("work", "table"))
     broadcast: Any = None
-    return PassOverImages(broadcast, 32, reader, "batch-1", done, quarantined)
+    return PassOverImages(broadcast, 32, 3, reader, work, table, "commit-1", done, quarantined)
 
 
 def rows_by_path(run: PassOverImages, listing: pa.Table) -> dict[str, dict[str, Any]]:
-    batches = list(run(iter(listing.to_batches(max_chunksize=7))))
-    assert all(batch.schema == ARROW_ROWS for batch in batches)
-    table = pa.Table.from_batches(batches)
-    assert table.select(LISTING.names).cast(LISTING).equals(listing)
+    """Run the pass over slices of a listing, and read what it wrote."""
+    run.work.write("listing.parquet", listing)
+    told_of = [
+        row
+        for answer in run(iter(cut([Slice("listing.parquet", 0, listing.num_rows)], 3)))
+        for row in answer.to_pylist()
+    ]
+    files = [pa.Table.from_batches(list(run.table.read(row["path"]))) for row in told_of]
+    table = pa.concat_tables(files)
+    assert table.schema == TABLE
+    assert table.select(LISTING.names).equals(listing)
+    for row, file in zip(told_of, files, strict=True):
+        assert row["path"].startswith("commit-1/")
+        assert row["size"] == (Path(run.table.address.path) / row["path"]).stat().st_size
+        assert (row["rows"], row["counted"], row["sign"]) == (file.num_rows, file.num_rows, 1)
+        assert row["quarantined"] == file.num_rows - file["stage"].null_count
+        good = feature_matrix(file["features"].drop_null().combine_chunks(), 3)
+        counted = Moments.from_bytes(row["moments"])
+        assert counted.n == len(good)
+        np.testing.assert_allclose(counted.scatter, Moments.of(good).scatter, rtol=1e-9)
     return {row["path"]: row for row in table.to_pylist()}
 
 
@@ -220,11 +248,12 @@ def test_every_image_has_a_row_with_features_or_a_reason(run: PassOverImages, fo
     assert rows.keys() == good_images().keys() | bad_images().keys()
     for name in good_images():
         assert (rows[name]["stage"], rows[name]["reason"]) == (None, None), name
-        assert len(rows[name]["features"]) == 3 * 4
+        assert len(rows[name]["features"]) == 3
+        assert rows[name]["sha256"] == hashlib.sha256(good_images()[name]).digest()
     for name, (_, word) in bad_images().items():
         assert (rows[name]["stage"], rows[name]["features"]) == (DECODE, None)
         assert word in rows[name]["reason"]
-    assert {row["batch"] for row in rows.values()} == {"batch-1"}
+    assert {(row["decoder"], row["runtime"]) for row in rows.values()} == {(DECODER, RUNTIME)}
     assert run.done.value == len(rows)
     assert run.quarantined.value == len(bad_images())
 
@@ -256,121 +285,8 @@ def test_each_row_gets_the_features_of_its_own_image(run: PassOverImages, folder
         write(folder / f"own/{number}.png", grey)
     rows = rows_by_path(run, listing_of(folder))
     for number in range(1, 40, 3):
-        assert rows[f"own/{number}.png"]["features"] == np.full(3, number, "<f4").tobytes()
+        assert rows[f"own/{number}.png"]["features"] == [number] * 3
     assert rows["own/0.png"]["features"] is None
-
-
-# --- new and known images --------------------------------------------------------------------
-
-
-def images_of(*keys: tuple[str, str]) -> pa.Table:
-    """Return a listing of (path, version)."""
-    rows = [
-        {"path": path, "label": None, "length": 5, "modified": THEN, "version": version}
-        for path, version in sorted(keys)
-    ]
-    return pa.Table.from_pylist(rows, LISTING)
-
-
-def index_of(*rows: tuple[str, str, str] | tuple[str, str, str, str]) -> pa.Table:
-    """Return an index of (path, version, batch) or (path, version, batch, stage)."""
-    names = ("path", "version", "batch", "stage")
-    common = {"label": None, "length": 5, "modified": THEN, "stage": None, "reason": None}
-    described = [{**common, **dict(zip(names, row, strict=False))} for row in rows]
-    return pa.Table.from_pylist(described, index_schema())
-
-
-keys_drawn = st.lists(
-    st.tuples(st.sampled_from("abcdé "), st.sampled_from("12")), unique=True, max_size=8
-)
-
-
-@given(keys_drawn, keys_drawn)
-def test_new_are_the_images_whose_key_is_not_known(
-    listed: list[tuple[str, str]], known: list[tuple[str, str]]
-) -> None:
-    new = _not_in(images_of(*listed), index_of(*((*key, "batch") for key in known)))
-    assert new.schema.names == LISTING.names
-    found = list(zip(new["path"].to_pylist(), new["version"].to_pylist(), strict=True))
-    assert sorted(found) == sorted(set(listed) - set(known))
-    assert new["path"].to_pylist() == sorted(new["path"].to_pylist())
-
-
-@pytest.mark.parametrize("field", KEY)
-def test_an_image_is_new_when_any_part_of_its_key_differs(field: str) -> None:
-    changed = {"path": "b", "length": 6, "modified": THEN + timedelta(microseconds=1)}
-    known = index_of(("a", "1", "batch"))
-    (row,) = images_of(("a", "1")).to_pylist()
-    other = pa.Table.from_pylist([{**row, field: changed.get(field, "2")}], LISTING)
-    assert _not_in(images_of(("a", "1")), known).num_rows == 0
-    assert _not_in(other, known).num_rows == 1
-
-
-def test_the_index_has_a_row_for_each_image_listed_and_no_other() -> None:
-    images = images_of(("a", "1"), ("b", "2"), ("c", "1"))
-    known = index_of(
-        ("c", "1", "batch-2", DECODE),
-        ("b", "1", "batch-1"),
-        ("b", "2", "batch-2"),
-        ("a", "1", "batch-1"),
-        ("dropped", "1", "batch-1"),
-    )
-    live = _live_index(images, known)
-    assert live.schema == index_schema()
-    rows = live.select(["path", "version", "batch", "stage"]).to_pylist()
-    assert [tuple(row.values()) for row in rows] == [
-        ("a", "1", "batch-1", None),
-        ("b", "2", "batch-2", None),
-        ("c", "1", "batch-2", DECODE),
-    ]
-
-
-def test_of_an_image_computed_twice_the_newest_batch_counts() -> None:
-    known = index_of(("a", "1", "2026-01", READ), ("a", "1", "2026-03"), ("a", "1", "2026-02"))
-    (row,) = _live_index(images_of(("a", "1")), known).to_pylist()
-    assert (row["batch"], row["stage"]) == ("2026-03", None)
-
-
-def test_an_image_without_a_row_is_told() -> None:
-    with pytest.raises(StateError, match="expected a row for each of 2 images, found 1"):
-        _live_index(images_of(("a", "1"), ("b", "1")), index_of(("a", "1", "batch")))
-
-
-def test_an_image_is_gone_when_its_path_is_and_not_when_it_was_replaced() -> None:
-    previous = index_of(("a", "1", "b"), ("b", "1", "b"), ("c", "1", "b"))
-    assert _count_gone(previous, images_of(("a", "2"), ("d", "1"))) == 2
-
-
-# --- digests ---------------------------------------------------------------------------------
-
-DIGESTED = [("a", "1", "x"), ("b", "1", "x"), ("c", "1", "y")]
-
-
-def test_a_digest_depends_on_the_live_rows_and_not_on_their_order() -> None:
-    digests = _digests(index_of(*DIGESTED))
-    assert digests.keys() == {"x", "y"}
-    assert digests["x"] != digests["y"]
-    assert _digests(index_of(*reversed(DIGESTED))) == digests
-    assert _digests(index_of(*DIGESTED, ("d", "1", "x", DECODE))) == digests
-    assert _digests(index_of()) == {}
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        [("a", "1", "x")],
-        [("a", "1", "x"), ("b", "2", "x")],
-        [("a", "1", "x"), ("b", "1", "x", DECODE)],
-        [("a", "1", "x"), ("b1", "", "x")],
-        [("a", "1", "x"), ("b", "1", "x"), ("c", "1", "x")],
-    ],
-    ids=["dropped", "replaced", "quarantined", "other borders", "added"],
-)
-def test_a_digest_changes_with_the_rows_of_its_batch_only(changed: list[Any]) -> None:
-    before = _digests(index_of(*DIGESTED))
-    after = _digests(index_of(*changed, DIGESTED[2]) if len(changed) < 3 else index_of(*changed))
-    assert after["x"] != before["x"]
-    assert after.get("y", before["y"]) == before["y"]
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -378,7 +294,7 @@ def test_a_digest_changes_with_the_rows_of_its_batch_only(changed: list[Any]) ->
 
 @pytest.fixture
 def table(tmp_path: Path) -> FeatureTable:
-    return FeatureTable(FolderStore(address_of(tmp_path / "out é")), MODEL)
+    return FeatureTable(FolderStore(address_of(tmp_path / "out é")), MODEL, S3Settings())
 
 
 def test_a_new_table_keeps_the_model_it_is_given_and_makes_it_once(table: FeatureTable) -> None:
@@ -410,67 +326,268 @@ def test_a_table_of_another_model_is_refused(
         table.open(lambda: b"flatbuffer")
 
 
-def test_a_batch_counts_when_its_success_file_is_there(table: FeatureTable) -> None:
-    batches = f"{table.root}/batches"
-    for key in ("2/part-0", "2/_SUCCESS", "1/part-0", "1/_SUCCESS", "3/part-0", "4/_temporary/x",
-                "5/deeper/_SUCCESS"):  # fmt: skip
-        table.output.write(f"{batches}/{key}", b"")
-    long_ago = time.time() - 25 * 3600
-    for name in ("1/part-0", "1/_SUCCESS", "4/_temporary/x"):
-        os.utime(Path(table.output.address.path) / batches / name, (long_ago, long_ago))
-    assert table.committed_batches() == ["1", "2"]
-    left = {entry.key.removeprefix(batches).split("/")[1] for entry in table.output.list()}
-    assert left == {"1", "2", "3", "5"}, "what never counted goes when it is a day old"
+def test_a_table_of_an_older_version_is_refused_with_the_remedy(table: FeatureTable) -> None:
+    table.output.write(f"{table.root}/batches/1/part-0", b"features")
+    with pytest.raises(
+        StateError, match=r"as an older version of fruits kept them\. Choose another"
+    ):
+        table.open(lambda: b"flatbuffer")
+    assert [entry.key for entry in table.output.list()] == [f"{table.root}/batches/1/part-0"]
 
 
-def test_the_index_survives_its_file_and_knows_where_its_images_lie(table: FeatureTable) -> None:
-    assert table.read_index() is None
+def rows_of_table(*outcomes: str | None) -> pa.Table:
+    """Return rows of the table, each with features or a stage."""
+    rows = [
+        {
+            "path": f"a/{number}.jpg", "label": "a", "length": 5, "modified": THEN, "version": "1",
+            "decoder": DECODER, "runtime": RUNTIME, "stage": stage,
+            "features": None if stage else [number, 0.0, 1.0],
+        }
+        for number, stage in enumerate(outcomes)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, TABLE)
+
+
+def with_rows(table: FeatureTable, *outcomes: str | None) -> tuple[Snapshot, Known]:
+    """Commit rows to a new table."""
+    base = table.create()
+    known = table.known(base)
+    assert known is not None
+    answer = written(table.parts, "commit-1", rows_of_table(*outcomes), 3)
+    return table.commit(base, known, pa.Table.from_batches([answer]))
+
+
+def test_a_commit_is_known_by_its_counts_and_moments(table: FeatureTable) -> None:
+    snapshot, known = with_rows(table, None, None, DECODE, READ)
+    assert (known.rows, known.features, known.quarantined, known.unreadable) == (4, 2, 2, 1)
+    assert known.running.moments.n == 2
+    again = table.known(snapshot)
+    assert again is not None
+    assert (again.rows, again.quarantined, again.unreadable) == (4, 2, 1)
+    np.testing.assert_array_equal(again.running.moments.scatter, known.running.moments.scatter)
+
+
+def test_what_goes_is_taken_from_what_is_known(table: FeatureTable) -> None:
+    base, known = with_rows(table, None, None, None, DECODE)
+    (file,) = base.files
+    goes = pa.table({"path": ["a/1.jpg", "a/3.jpg"], "gone": [False, True]})
+    table.parts.write("plan.parquet", goes)
+    rewrite = Rewrite(table.parts, table.parts, [], "commit-2", 3)
+    answers = rewrite(iter([Touched(file, "plan.parquet", 0, 1, 1)]))
+    snapshot, known = table.commit(base, known, pa.Table.from_batches(list(answers)))
+    assert (known.rows, known.quarantined, snapshot.rows) == (2, 0, 2)
+    expected = Moments.of(np.array([[0.0, 0, 1], [2, 0, 1]]))
+    np.testing.assert_allclose(known.running.moments.scatter, expected.scatter, atol=1e-12)
+    left = [row["path"] for new in snapshot.files for b in table.parts.read(new) for row in
+            b.to_pylist()]  # fmt: skip
+    assert left == ["a/0.jpg", "a/2.jpg"]
+
+
+@pytest.mark.parametrize("harm", ["lost", "changed"])
+def test_a_state_that_is_lost_or_damaged_is_not_believed(table: FeatureTable, harm: str) -> None:
+    snapshot, _ = with_rows(table, None, None)
+    key = f"{table.root}/states/{snapshot.state}.npz"
+    content = bytearray(table.output.read(key) or b"")
+    table.output.delete(key)
+    if harm == "changed":
+        content[len(content) // 2] ^= 1
+        table.output.write(key, bytes(content))
+    assert table.known(snapshot) is None
+
+
+def last_pass(snapshot: Snapshot, digest: str = "d") -> LastPass:
+    return LastPass(str(snapshot.state), digest, "s3a://fruits/images é", 3, Speed(600, 12.5, 2))
+
+
+def test_the_last_pass_is_kept(table: FeatureTable) -> None:
+    assert table.last_pass() is None
     with pytest.raises(StateError, match="found an unfinished one"):
         table.images()
-    index = index_of(("a", "1", "batch"), ("b", "1", "batch", DECODE))
-    table.write_index(index, Address("fruits", "images é"))
-    found = table.read_index()
-    assert found is not None
-    assert found.cast(index_schema()).equals(index)
+    done = last_pass(with_rows(table, None)[0])
+    table.keep_pass(done)
+    assert table.last_pass() == done
     assert table.images() == Address("fruits", "images é")
-    assert largest_pass(found) is None
 
 
-def test_the_speed_of_the_largest_pass_is_kept_with_the_index(table: FeatureTable) -> None:
-    speed = Speed(images=600, seconds=12.5, slots=2)
-    table.write_index(index_of(("a", "1", "batch")), Address("fruits", ""), speed)
-    found = table.read_index()
-    assert found is not None
-    assert pass_of(found).largest == speed
+@pytest.mark.parametrize(("digest", "nothing"), [("d", True), ("another", False)])
+def test_there_is_nothing_to_compute_for_the_listing_of_the_last_pass_only(
+    table: FeatureTable, folder: Path, digest: str, nothing: bool
+) -> None:
+    snapshot, _ = with_rows(table, None, DECODE)
+    listing, reader = Listing((), 0, digest), ImageReader(address_of(folder), S3Settings())
+    assert nothing_to_compute(table, snapshot, listing, reader) is None
+    table.keep_pass(last_pass(snapshot))
+    found = nothing_to_compute(table, snapshot, listing, reader)
+    assert (found is not None) is nothing
+    if found:
+        assert (found.known.rows, found.reused, found.largest) == (2, 2, Speed(600, 12.5, 2))
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(table: FeatureTable, folder: Path) -> None:
+    snapshot, _ = with_rows(table, None, READ)
+    reader = ImageReader(address_of(folder), S3Settings())
+    table.keep_pass(replace(last_pass(snapshot), unreadable=("gone/1.jpg", "gone/2.jpg")))
+    assert nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is not None
+    write(folder / "gone/2.jpg", b"back again")
+    assert nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is None
+
+
+def test_there_is_something_to_compute_once_the_table_has_moved_on(
+    table: FeatureTable, folder: Path
+) -> None:
+    snapshot, known = with_rows(table, None, None)
+    table.keep_pass(last_pass(snapshot))
+    answer = written(table.parts, "commit-2", rows_of_table(None), 3)
+    moved, _ = table.commit(snapshot, known, pa.Table.from_batches([answer]))
+    reader = ImageReader(address_of(folder), S3Settings())
+    assert nothing_to_compute(table, moved, Listing((), 0, "d"), reader) is None
+
+
+# --- rows that stay --------------------------------------------------------------------------
+
+
+def todo_of(folder: Path, **known: Any) -> pa.Table:
+    """Return the listing of a folder as a plan has it, with what is known of each image."""
+    rows = listing_of(folder).to_pylist()
+    nothing = {"known_sha256": None, "known_reason": None, "same_maker": True}
+    return pa.Table.from_pylist([row | nothing | known.get(row["label"], {}) for row in rows], TODO)
+
+
+def test_the_same_content_is_read_and_not_computed_again(
+    run: PassOverImages, tmp_path: Path
+) -> None:
+    contents = {name: encoded(picture(30 + n, 20), "PNG") for n, name in enumerate("abc")}
+    for name, content in contents.items():
+        write(tmp_path / f"own/{name}/1.png", content)
+    own = replace(run, reader=ImageReader(address_of(tmp_path / "own"), S3Settings()))
+    hashes = {name: hashlib.sha256(content).digest() for name, content in contents.items()}
+    todo = todo_of(
+        tmp_path / "own",
+        a={"known_sha256": hashes["a"]},
+        b={"known_sha256": hashes["b"], "same_maker": False},
+        c={"known_sha256": hashes["a"]},
+    )
+    own.work.write("todo.parquet", todo)
+    kept, computed = list(own(iter([Slice("todo.parquet", 0, 3)])))
+    (told_of,) = kept.to_pylist()
+    assert (told_of["kept_rows"], told_of["counted"], told_of["path"]) == (1, 0, None)
+    (stays,) = [row for b in own.work.read(told_of["kept"]) for row in b.to_pylist()]
+    assert stays["path"] == "a/1.png"
+    assert computed.to_pylist()[0]["counted"] == 2
+
+
+def test_an_image_that_can_still_not_be_read_stays_as_it_is(
+    run: PassOverImages, tmp_path: Path
+) -> None:
+    write(tmp_path / "own/a/1.png", b"")
+    todo = todo_of(tmp_path / "own", a={"known_reason": "deleted since it was listed"})
+    (tmp_path / "own/a/1.png").unlink()
+    own = replace(run, reader=ImageReader(address_of(tmp_path / "own"), S3Settings()))
+    own.work.write("todo.parquet", todo)
+    (kept,) = own(iter([Slice("todo.parquet", 0, 1)]))
+    assert kept.to_pylist()[0]["kept_rows"] == 1
+
+
+def test_a_row_that_stays_is_listed_anew_and_a_file_that_stays_is_not_written(
+    table: FeatureTable,
+) -> None:
+    base, known = with_rows(table, None, None, DECODE)
+    (file,) = base.files
+    listed = rows_of_table(None).select(LISTING.names).to_pylist()
+    moved = pa.Table.from_pylist([row | {"version": "2", "length": 6} for row in listed], LISTING)
+    for name, rows in {"same": listed, "moved": moved.to_pylist()}.items():
+        table.parts.write(name, pa.Table.from_pylist(rows, LISTING))
+    table.parts.write("plan", pa.table({"path": ["a/0.jpg"], "gone": [False]}))
+    touched = Touched(file, "plan", 0, 1, 0)
+    assert not list(Rewrite(table.parts, table.parts, ["same"], "commit-2", 3)(iter([touched])))
+    answers = Rewrite(table.parts, table.parts, ["moved"], "commit-2", 3)(iter([touched]))
+    snapshot, after = table.commit(base, known, pa.Table.from_batches(list(answers)))
+    (new,) = snapshot.files
+    rows = [row for b in table.parts.read(new) for row in b.to_pylist()]
+    assert [(row["version"], row["length"]) for row in rows] == [("2", 6), ("1", 5), ("1", 5)]
+    assert rows[0]["features"] == [0, 0, 1]
+    assert (after.rows, after.quarantined, after.running.moments.n) == (3, 1, 2)
+
+
+# --- the work of a pass ----------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 50), max_size=12), st.integers(1, 40))
+def test_work_is_cut_into_commits_of_bounded_size(rows: list[int], most: int) -> None:
+    slices = [Slice(str(number), 0, count) for number, count in enumerate(rows)]
+    commits = list(cut_into(slices, most))
+    assert [sum(s.count for s in commit) for commit in commits[:-1]] == [most] * (len(commits) - 1)
+    assert all(0 < sum(s.count for s in commit) <= most for commit in commits)
+    found = [(s.path, row) for commit in commits for s in commit
+             for row in range(s.start, s.start + s.count)]  # fmt: skip
+    assert found == [(s.path, row) for s in slices for row in range(s.count)]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 40))
+def test_work_is_cut_for_tasks_without_losing_a_row(rows: list[int], tasks: int) -> None:
+    slices = [Slice(str(number), 3, count) for number, count in enumerate(rows)]
+    cuts = cut(slices, tasks)
+    assert len(cuts) <= tasks + len(slices)
+    found = [(s.path, row) for s in cuts for row in range(s.start, s.start + s.count)]
+    assert found == [(s.path, row) for s in slices for row in range(3, 3 + s.count)]
+
+
+def plan_rows(*rows: tuple[str, str | None, bool]) -> pa.Table:
+    """Return (path, file, gone) as the plan has them."""
+    listed = {"label": None, "length": 1, "modified": THEN, "version": "1"}
+    schema = pa.schema([*(f.with_nullable(True) for f in LISTING),
+                        pa.field("file", pa.string()), pa.field("gone", pa.bool_())])  # fmt: skip
+    return pa.Table.from_pylist(
+        [{**listed, "path": path, "file": file, "gone": gone} for path, file, gone in rows], schema
+    )
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_a_plan_keeps_the_rows_of_a_file_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(plan, "ROWS_PER_PLAN_PART", at_once)
+    rows = plan_rows(
+        ("n1", None, False), ("n2", None, False), ("a1", "a", False), ("a2", "a", False),
+        ("a3", "a", True), ("b1", "b", True), ("c1", "c", False),
+    )  # fmt: skip
+    work = Parts(address_of(tmp_path), S3Settings())
+    told_of = [
+        row
+        for batch in WritePlan(work)(iter(rows.to_batches(max_chunksize=1)))
+        for row in batch.to_pylist()
+    ]
+    found: dict[str | None, list[str]] = {}
+    for row in told_of:
+        some = work.read_slice(Slice(row["part"], row["start"], row["todo"] + row["gone"]))
+        assert some["gone"].to_pylist() == [False] * row["todo"] + [True] * row["gone"]
+        found.setdefault(row["file"], []).extend(some["path"].to_pylist())
+    assert found == {None: ["n1", "n2"], "a": ["a1", "a2", "a3"], "b": ["b1"], "c": ["c1"]}
+    assert len([row for row in told_of if row["file"]]) == 3, "a file is in one part"
+
+
+def test_touched_files_are_rewritten_in_bounded_commits() -> None:
+    touched = [Touched(name, "plan", 0, todo, 1) for name, todo in
+               (("a", 5), ("b", 5), ("c", 0), ("d", 9), ("e", 20))]  # fmt: skip
+    work = Plan([Slice("new", 0, 7)], touched)
+    assert (work.todo, work.gone) == (46, 5)
+    commits = [(sum(s.count for s in slices), [t.file for t in files])
+               for slices, files in work.commits(10)]  # fmt: skip
+    assert commits == [(7, []), (10, ["a", "b", "c"]), (9, ["d"]), (20, ["e"])]
 
 
 @pytest.mark.parametrize(
-    ("listed", "nothing"),
+    ("gone", "known", "believed"),
     [
-        ([("a", "1"), ("b", "1")], True),
-        ([("a", "1")], False),
-        ([("a", "1"), ("b", "2")], False),
-        ([("a", "1"), ("c", "1")], False),
-        ([("a", "1"), ("b", "1"), ("c", "1")], False),
+        (100, 100, True),
+        (101, 1010, True),
+        (101, 1009, False),
+        (5000, 1_000_000, True),
+        (0, 0, True),
     ],
-    ids=["same", "dropped", "replaced", "another", "added"],
 )
-def test_there_is_nothing_to_compute_for_the_listing_of_the_last_pass_only(
-    table: FeatureTable, listed: list[tuple[str, str]], nothing: bool
+def test_a_listing_that_lacks_many_known_images_is_not_believed(
+    gone: int, known: int, believed: bool
 ) -> None:
-    assert nothing_to_compute(table, images_of(*listed)) is None
-    index = index_of(("a", "1", "batch"), ("b", "1", "batch", DECODE))
-    table.write_index(index, Address("fruits", ""))
-    found = nothing_to_compute(table, images_of(*listed))
-    assert (found is not None) is nothing
-
-
-def test_an_image_that_could_not_be_read_is_tried_again(table: FeatureTable) -> None:
-    table.write_index(index_of(("a", "1", "batch", READ)), Address("fruits", ""))
-    assert nothing_to_compute(table, images_of(("a", "1"))) is None
-
-
-def test_a_batch_has_an_address_that_spark_finds(table: FeatureTable) -> None:
-    table.output.write(f"{table.root}/batches/1/part-0", b"")
-    assert table.batch_uri("1").startswith("file:///")
-    assert Path(table.batch_uri("1").removeprefix("file://"), "part-0").exists()
+    with nullcontext() if believed else pytest.raises(RemovalsError, match="--allow-removals"):
+        check_removals(gone, known, Address("fruits", "images"))

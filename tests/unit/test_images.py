@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import NoImagesError, StorageError
-from pipeline.images import IMAGE_ENDINGS, LISTING, Listing, is_image, label_of, list_images
+from pipeline.listing import images
+from pipeline.listing.images import (
+    IMAGE_ENDINGS,
+    LISTING,
+    Digest,
+    Listing,
+    is_image,
+    label_of,
+    list_images,
+)
 from pipeline.storage import Address, FolderStore
 
 COARSE = timedelta(seconds=2)  # a file system's clock may lag, and count in seconds
@@ -20,11 +32,15 @@ def listing_of(folder: Path, *keys: str) -> Listing:
         file = folder / key
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * len(key))
-    return list_images(FolderStore(Address.parse(str(folder))))
+    return list_images(FolderStore(Address.parse(str(folder))), Path(tempfile.mkdtemp()))
+
+
+def table_of(listing: Listing) -> pa.Table:
+    return pa.concat_tables([pq.read_table(part) for part, _ in listing.parts])
 
 
 def labels(listing: Listing) -> dict[str, str | None]:
-    rows = listing.images.select(["path", "label"]).to_pylist()
+    rows = table_of(listing).select(["path", "label"]).to_pylist()
     return {row["path"]: row["label"] for row in rows}
 
 
@@ -58,7 +74,7 @@ def test_hidden_names_are_listed(tmp_path: Path) -> None:
 
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
     found = listing_of(tmp_path, "a/0.jpg", "a/0.txt", "LICENSE", "a/.DS_Store")
-    assert found.images.num_rows == 1
+    assert found.count == table_of(found).num_rows == 1
     assert found.ignored == 3
 
 
@@ -68,20 +84,62 @@ def test_a_folder_may_be_named_like_an_image(tmp_path: Path) -> None:
     assert label_of("x.jpg/inside.png") == "x.jpg"
 
 
-def test_the_listing_is_sorted_by_path_whatever_the_folders(tmp_path: Path) -> None:
+def test_a_listing_longer_than_a_part_is_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "ROWS_PER_PART", 3)
     keys = ["b/1.jpg", "a/2.jpg", "a.jpg", "a-b/3.jpg", "a/1.jpg", "B/1.jpg", "é/1.jpg", "z.jpg"]
-    paths = listing_of(tmp_path, *keys).images["path"].to_pylist()
-    assert paths == sorted(keys)
+    found = listing_of(tmp_path, *keys)
+    assert [rows for _, rows in found.parts] == [3, 3, 2]
+    assert sorted(table_of(found)["path"].to_pylist()) == sorted(keys)
+
+
+def test_a_label_is_the_same_however_its_letters_are_composed(tmp_path: Path) -> None:
+    composed, apart = "Pêche", "Pe\u0302che"
+    assert set(labels(listing_of(tmp_path, f"{composed}/1.jpg", f"{apart}/2.jpg")).values()) == {
+        composed
+    }
+
+
+def test_a_digest_tells_any_change_and_no_order(tmp_path: Path) -> None:
+    def digest(*rows: tuple[str, int, str], decides: str = "s3a://fruits") -> str:
+        made = Digest(decides)
+        for row in rows:
+            made.add(*row)
+        return str(made)
+
+    rows = [("a", 1, "x"), ("b", 1, "x"), ("c", 2, "y")]
+    assert digest(*rows) == digest(*reversed(rows))
+    others = [
+        rows[:2],
+        [*rows, ("d", 1, "x")],
+        [("a", 1, "y"), *rows[1:]],
+        [("a", 2, "x"), *rows[1:]],
+        [("a1", 1, "x"), *rows[1:]],
+        [*rows, rows[0]],
+    ]
+    found = [digest(*rows), digest(*rows, decides="s3a://other"), *(digest(*o) for o in others)]
+    assert len(set(found)) == len(found)
+
+
+def test_the_digest_of_a_listing_is_that_of_the_next_until_something_changes(
+    tmp_path: Path,
+) -> None:
+    first = listing_of(tmp_path, "a/0.jpg", "a/1.jpg", "notes.txt").digest
+    (tmp_path / "notes.txt").write_text("something else")
+    again = list_images(FolderStore(Address.parse(str(tmp_path))), Path(tempfile.mkdtemp())).digest
+    assert again == first
+    assert listing_of(tmp_path, "a/2.jpg").digest != first
 
 
 def test_the_listing_has_its_schema_lengths_and_times(tmp_path: Path) -> None:
     before = datetime.now(UTC)
-    images = listing_of(tmp_path, "a/0.jpg", "a/long name.jpg").images
-    assert images.schema == LISTING
-    assert images["length"].to_pylist() == [7, 15]
-    for modified in images["modified"].to_pylist():
+    listed = table_of(listing_of(tmp_path, "a/0.jpg", "a/long name.jpg"))
+    assert listed.schema == LISTING
+    assert sorted(listed["length"].to_pylist()) == [7, 15]
+    for modified in listed["modified"].to_pylist():
         assert before - COARSE <= modified <= datetime.now(UTC) + COARSE
-    assert images["version"].null_count == images["path"].null_count == 0
+    assert listed["version"].null_count == listed["path"].null_count == 0
 
 
 def test_a_folder_without_images_is_told_by_its_address(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from pipeline.errors import StateError
 from pipeline.matrix import (
     NEXT,
     RESULT,
-    _project,
+    Project,
     explained_variance_csv,
     publish,
-    quarantine_csv,
     to_csv,
 )
 from pipeline.pca import PCA, Moments
-from pipeline.storage import Address, FolderStore
+from pipeline.storage import Address, FolderStore, S3Settings
+from pipeline.table.parts import Parts
 
 ROWS = np.random.default_rng(3).normal(size=(30, 5)) * [5, 4, 3, 2, 1]
 
@@ -47,15 +47,6 @@ def test_explained_variance_has_a_row_for_each_axis_and_says_which_are_kept(pca:
     assert float(rows[-1]["cumulative"]) == pytest.approx(1)
 
 
-def test_quarantine_lists_path_stage_and_reason() -> None:
-    names = ["path", "label", "stage", "reason"]
-    row = ['a,"b"\n.jpg', None, "decode", "not an image: begins with b'é'"]
-    table = pa.Table.from_pylist([dict(zip(names, row, strict=True))])
-    expected = {"path": row[0], "stage": row[2], "reason": row[3]}
-    assert read_csv(quarantine_csv(table)) == [expected]
-    assert quarantine_csv(table.slice(0, 0)) == b"path,stage,reason\n"
-
-
 def test_csv_keeps_every_number_and_character() -> None:
     values = [1 / 3, 1e-300, -0.0, 5]
     (row,) = read_csv(to_csv(["a", "b", "c", "d"], [values]))
@@ -63,19 +54,22 @@ def test_csv_keeps_every_number_and_character() -> None:
     assert to_csv(["é"], [["日本 é"]]) == "é\n日本 é\n".encode()
 
 
-def test_the_projection_of_a_task_is_that_of_the_pca(pca: PCA) -> None:
-    paths, labels = [f"a/{n}.jpg" for n in range(30)], ["a"] * 29 + [None]
-    features = pa.array(ROWS.astype(np.float32).tolist(), pa.list_(pa.float32()))
+def test_the_projection_of_a_task_is_that_of_the_pca(pca: PCA, tmp_path: Path) -> None:
+    paths, labels = [f"a/{n}.jpg" for n in range(31)], ["a"] * 29 + [None, "a"]
+    features = pa.array([*ROWS.astype(np.float32).tolist(), None], pa.list_(pa.float32()))
     columns = [pa.array(paths), pa.array(labels, pa.string()), features]
-    batch = pa.RecordBatch.from_arrays(columns, ["path", "label", "features"])
+    rows = pa.table(columns, ["path", "label", "features"])
+    parts = Parts(Address.parse(str(tmp_path)), S3Settings())
+    parts.write("one.parquet", rows.slice(0, 20))
+    parts.write("two.parquet", rows.slice(20))
     broadcast: Any = SimpleNamespace(value=pca.to_bytes())
 
-    parts = list(_project(broadcast, ["pc_1", "pc_2"])(iter([batch.slice(0, 20), batch.slice(20)])))
+    project = Project(parts, broadcast, ["pc_1", "pc_2"])
+    table = pa.Table.from_batches(list(project(iter(["one.parquet", "two.parquet"]))))
 
-    table = pa.Table.from_batches(parts)
     assert table.column_names == ["path", "label", "pc_1", "pc_2"]
-    assert table["path"].to_pylist() == paths
-    assert table["label"].to_pylist() == labels
+    assert table["path"].to_pylist() == paths[:30], "the one without features has no row"
+    assert table["label"].to_pylist() == labels[:30]
     expected = pca.transform(ROWS.astype(np.float32))
     np.testing.assert_allclose(np.column_stack([table["pc_1"], table["pc_2"]]), expected)
 
@@ -84,7 +78,7 @@ def test_the_projection_of_a_task_is_that_of_the_pca(pca: PCA) -> None:
 
 FILES = {
     "matrix.parquet": ["matrix.parquet/part-0.parquet", "matrix.parquet/_SUCCESS"],
-    "model": ["model/state.npz", "model/state.json", "model/pca.npz"],
+    "model": ["model/pca.npz"],
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
+import io
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -12,9 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA as ReferencePCA
+from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import PCAError, StateError
-from pipeline.pca import PCA, Moments, State, _merged, _states, feature_matrix, merge_all
+from pipeline.pca import (
+    PCA,
+    Moments,
+    Running,
+    Tally,
+    _merged,
+    _states,
+    feature_matrix,
+    merge_all,
+)
 
 RANDOM = np.random.default_rng(20)
 D = 6
@@ -295,43 +306,87 @@ def test_a_pca_cut_short_is_damaged(pca: PCA, data: st.DataObject) -> None:
         PCA.from_bytes(content[:length])
 
 
-@pytest.fixture(scope="module")
-def state() -> State:
-    return State("model-1", {"batch-1": "a" * 64, "batch-2": "b" * 64}, Moments.of(TALL))
+# --- rows that come and go -------------------------------------------------------------------
 
 
-def test_a_state_survives_its_files(state: State) -> None:
-    files = state.to_files()
-    again = State.from_files(files, "somewhere")
-    assert again is not None
-    assert (again.model_id, again.covers) == (state.model_id, state.covers)
-    assert_same_moments(again.moments, state.moments, tolerance=0)
-    assert json.loads(files["state.json"])["rows"] == 200
+def scatter_tolerance(moments: Moments) -> float:
+    return 1e-9 * max(float(np.abs(moments.scatter).max()), 1e-300)
 
 
-def test_no_files_are_no_state() -> None:
-    assert State.from_files({"state.json": None, "state.npz": None}, "somewhere") is None
-
-
-@pytest.mark.parametrize("missing", ["state.json", "state.npz"])
-def test_half_a_state_is_damaged(state: State, missing: str) -> None:
-    files = {**state.to_files(), missing: None}
-    with pytest.raises(StateError, match=r"somewhere is damaged: one of its two files is missing"):
-        State.from_files(files, "somewhere")
-
-
-@given(position=st.integers(0, 10**6), change=st.integers(1, 255))
-def test_any_changed_byte_of_the_moments_is_noticed(
-    state: State, position: int, change: int
+@given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 40), st.booleans()), max_size=12))
+def test_after_any_changes_the_moments_are_those_of_the_rows_that_are_left(
+    changes: list[tuple[int, int, bool]],
 ) -> None:
-    files = state.to_files()
-    content = bytearray(files["state.npz"])
-    content[position % len(content)] ^= change
-    with pytest.raises(StateError, match="its sha256 is not the one kept beside it"):
-        State.from_files({**files, "state.npz": bytes(content)}, "somewhere")
+    """A change takes the rows of a window in, or those of it that are there out again."""
+    live: set[int] = set(range(0, 200, 2))
+    running = Running.counted(Moments.of(TALL[sorted(live)]))
+    for first, length, comes in changes:
+        window = set(range(first, min(first + length, 200)))
+        added, removed = (window - live, set()) if comes else (set(), window & live)
+        if not added and len(live) - len(removed) < 2:
+            continue
+        running = running.change(*(Moments.of(TALL[sorted(rows)]) for rows in (added, removed)))
+        live = (live | added) - removed
+        if not running.is_exact:
+            running = Running.counted(Moments.of(TALL[sorted(live)]))
+    rows = TALL[sorted(live)]
+    expected = Moments.of(rows)
+    assert running.moments.n == len(rows)
+    tolerance = scatter_tolerance(expected)
+    np.testing.assert_allclose(running.moments.scatter, expected.scatter, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(running.moments.mean, expected.mean, rtol=1e-9, atol=1e-9)
+    found = PCA.fit(running.moments, components=2, largest=running.largest)
+    values = ReferencePCA(svd_solver="full").fit(rows).explained_variance_
+    np.testing.assert_allclose(
+        found.variances[:2], values[:2], rtol=0, atol=tolerance / (len(rows) - 1) + 1e-9 * values[0]
+    )
 
 
-@pytest.mark.parametrize("described", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe\x00"])
-def test_a_damaged_description_is_told_with_its_remedy(state: State, described: bytes) -> None:
-    with pytest.raises(StateError, match=r"somewhere is damaged: .* Use --force"):
-        State.from_files({**state.to_files(), "state.json": described}, "somewhere")
+def test_what_is_left_of_much_more_is_counted_anew() -> None:
+    large = Moments.of(TALL * 1e6)
+    running = Running.counted(Moments.of(TALL)).change(large, Moments.empty(D))
+    assert running.is_exact
+    assert not running.change(Moments.empty(D), large).is_exact
+
+
+def test_after_many_changes_the_rows_are_counted_anew() -> None:
+    running = replace(Running.counted(Moments.of(TALL)), changes=10_000)
+    assert running.is_exact
+    assert not running.change(Moments.of(TALL[:1]), Moments.empty(D)).is_exact
+
+
+def test_running_moments_survive_their_arrays() -> None:
+    running = Running.counted(Moments.of(TALL)).change(Moments.of(TALL[:9]), Moments.of(TALL[:3]))
+    content = io.BytesIO()
+    np.savez(content, **running.to_arrays())
+    with np.load(io.BytesIO(content.getvalue())) as arrays:
+        again = Running.from_arrays(arrays)
+    assert_same_moments(again.moments, running.moments, tolerance=1e-12)
+    assert (again.subtracted, again.changes) == (running.subtracted, running.changes)
+    np.testing.assert_array_equal(again.largest, running.largest)
+
+
+@pytest.mark.parametrize("sizes", [[3], [3, 2], [D, 1], [200], [30, 0, 2100, 5]])
+def test_a_tally_packs_the_moments_of_all_its_rows(sizes: list[int]) -> None:
+    rows = np.resize(TALL, (sum(sizes), D)).astype(np.float32)
+    tally, other = Tally(D), Tally(D)
+    first = 0
+    for size in sizes:
+        tally.add(rows[first : first + size])
+        first += size
+    other.merge(tally.to_bytes())
+    expected = Moments.of(rows)
+    for found in (Moments.from_bytes(tally.to_bytes()), other.result()):
+        assert_same_moments(found, expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("wiggle", [0.0, 1e-12, 1e-9, 1e-3])
+def test_features_that_hardly_vary_are_standardized_as_scikit_learn_does(wiggle: float) -> None:
+    rows = TALL.copy()
+    rows[:, 0] = 1000 + wiggle * np.sin(np.arange(len(rows)))
+    scaler = StandardScaler().fit(rows)
+    is_constant = scaler.scale_[0] == 1.0
+    found = PCA.fit(Moments.of(rows), components=2, standardize=True)
+    assert (found.scale[0] == 1.0) == is_constant, (found.scale[0], scaler.scale_[0])
+    expected = ReferencePCA(2).fit(scaler.transform(rows)).explained_variance_ratio_
+    np.testing.assert_allclose(found.variance_ratio[:2], expected, rtol=1e-6)

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import StorageError
 from pipeline.storage import (
@@ -17,6 +19,7 @@ from pipeline.storage import (
     FolderStore,
     ImageReader,
     S3Settings,
+    _neighbours,
     open_store,
 )
 
@@ -353,3 +356,20 @@ def test_an_unknown_answer_of_s3_is_told_in_its_own_words() -> None:
     told = store._explain({"Code": "SlowDown", "Message": "Please reduce your request rate"})
     assert told == "s3a://fruits: S3 answered SlowDown: Please reduce your request rate."
     assert store._explain({}) == "s3a://fruits: S3 answered unknown error: no more is known."
+
+
+def test_files_are_joined_in_their_order(tmp_path: Path) -> None:
+    store = FolderStore(Address.parse(str(tmp_path)))
+    for name, content in {"b": b"first,", "a": b"", "c": b"last"}.items():
+        store.write(name, content)
+    store.join([("b", 6), ("a", 0), ("c", 4)], "deep/whole")
+    assert store.read("deep/whole") == b"first,last"
+    assert store.read("b") == b"first,"
+
+
+@given(st.lists(st.integers(0, 20 << 20), max_size=20))
+def test_only_the_last_part_of_a_joined_object_is_small(sizes: list[int]) -> None:
+    parts = [(str(number), size) for number, size in enumerate(sizes)]
+    runs = list(_neighbours(parts))
+    assert [part for run in runs for part in run] == parts
+    assert all(sum(size for _, size in run) >= 8 << 20 for run in runs[:-1])

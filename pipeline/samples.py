@@ -1,0 +1,128 @@
+"""What people look at: how many images a label has and some of them, and what is in quarantine."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
+
+from pipeline.table.delta import Snapshot
+from pipeline.table.feature_table import DECODER, READ, RUNTIME, FeatureTable
+from pipeline.table.parts import for_each
+
+EXAMPLES_PER_LABEL, LABELS_SHOWN = 12, 60
+COLUMNS = ["path", "label", "stage", "decoder", "runtime"]
+MOST_LABELS = 10_000  # folders, not images: where each has its own, the largest are told
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label, how many of its images have features, and the paths of a few of them."""
+
+    name: str
+    count: int
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The labels by name, the largest if there are very many; and how many rows have other makers.
+
+    Those were made by another version of the decoder or the runtime than today's.
+    """
+
+    labels: list[Label]
+    other_makers: int
+
+
+def look_at(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Overview:
+    """Look at all rows but for their features; the examples are the same for the same images."""
+    parts = table.parts
+
+    def counted(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
+        labels = _Labels()
+        for batch in (batch for file in files for batch in parts.read(file, COLUMNS)):
+            labels.add(batch)
+            if len(labels.others) > MOST_LABELS:
+                yield labels.told()
+                labels = _Labels()
+        yield labels.told()
+
+    schema = (
+        "label string, count long, others long, examples array<struct<number:long,path:string>>"
+    )
+    each = for_each(spark, list(snapshot.files), counted, schema)
+    all_examples = sf.array_sort(sf.flatten(sf.collect_list("examples")))
+    grouped = each.groupBy("label").agg(
+        sf.sum("count").alias("count"),
+        sf.sum("others").alias("others"),
+        sf.slice(all_examples, 1, EXAMPLES_PER_LABEL).alias("examples"),
+    )
+    rows = grouped.orderBy(sf.desc("count"), "label").limit(MOST_LABELS).collect()
+    labels = [
+        Label(row["label"], row["count"], sorted(one["path"] for one in row["examples"]))
+        for row in rows
+        if row["count"]
+    ]
+    return Overview(
+        sorted(labels, key=lambda label: label.name), sum(row["others"] for row in rows)
+    )
+
+
+class _Labels:
+    """Rows counted by label: with features, and made by others than today's decoder and runtime."""
+
+    SCHEMA = pa.schema(
+        [
+            ("label", pa.string()),
+            ("count", pa.int64()),
+            ("others", pa.int64()),
+            ("examples", pa.list_(pa.struct([("number", pa.int64()), ("path", pa.string())]))),
+        ]
+    )
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+        self.examples: dict[str, list[tuple[int, str]]] = {}
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Count rows in; of each label a few are kept, drawn by a hash, whatever file has them."""
+        for row in rows.to_pylist():
+            label = row["label"] or ""
+            made_by = row["decoder"], row["runtime"]
+            self.others[label] += row["stage"] != READ and made_by != (DECODER, RUNTIME)
+            if row["stage"] is None:
+                self.counts[label] += 1
+                some = self.examples.setdefault(label, [])
+                some.append((zlib.crc32(row["path"].encode()), row["path"]))
+                if len(some) > 10 * EXAMPLES_PER_LABEL:
+                    self.examples[label] = sorted(some)[:EXAMPLES_PER_LABEL]
+
+    def told(self) -> pa.RecordBatch:
+        """Return a row for each label."""
+        return pa.RecordBatch.from_pydict(
+            {
+                "label": list(self.others),
+                "count": [self.counts[label] for label in self.others],
+                "others": list(self.others.values()),
+                "examples": [self._few(label) for label in self.others],
+            },
+            self.SCHEMA,
+        )
+
+    def _few(self, label: str) -> list[dict[str, Any]]:
+        few = sorted(self.examples.get(label, []))[:EXAMPLES_PER_LABEL]
+        return [{"number": number, "path": path} for number, path in few]
+
+
+def quarantine(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> DataFrame:
+    """Return path, stage and reason of each image that gave no features."""
+    columns = ["path", "stage", "reason"]
+    return table.read(spark, snapshot, columns).where(sf.col("stage").isNotNull())

@@ -1,0 +1,159 @@
+"""What does the driver carry when a million images, and four million, are known?
+
+A stand-in lists them, rendered; the feature table is written directly, with 64 features an image
+(the driver never sees them). Then the whole job runs: listing, comparison, PCA, matrix of two
+components, report. `driver_memory_4m_over_1m` is the largest resident memory of the driver, its
+Java included, at four million over that at one million. One image of each of the first runs' is
+then gone: `one_gone_pca_seconds` and `one_gone_seconds` are the PCA's and the whole run's time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from pyspark.sql import SparkSession
+
+from pipeline.features import answers_of
+from pipeline.job import Job, PCAOptions
+from pipeline.local.loopback import Loopback, loopback_cluster
+from pipeline.local.place import CLUSTERS
+from pipeline.networks.model import Model
+from pipeline.storage import Address, S3Settings
+from pipeline.table.feature_table import DECODER, RUNTIME, TABLE, written
+from pipeline.table.parts import Parts
+from tests.benchmarks._common import Setup, Silent, application
+from tests.benchmarks.listing import KEYS, PAGES, name_of, stand_in
+from tests.benchmarks.results import Result
+
+DIMENSIONS = 64
+MODEL = Model("scale", "scale", 32, DIMENSIONS, "as it is", "none", "0" * 64)
+MILLION = 1_000_000 // (PAGES * KEYS)  # folders
+
+
+def measure(_: Setup) -> list[Result]:
+    """Return the driver's memory and the times, at one and at four million images."""
+    with TemporaryDirectory(prefix="fruits-scale-") as folder:
+        one = _measure(Path(folder) / "one", MILLION)
+        four = _measure(Path(folder) / "four", 4 * MILLION)
+    return [
+        Result("driver_memory_4m_over_1m", four.memory / one.memory, "ratio", "<= 1.15"),
+        Result("driver_memory_1m", one.memory, "MB"),
+        Result("driver_memory_4m", four.memory, "MB"),
+        Result("ready_table_1m_seconds", one.first, "s", "<= 180"),
+        Result("ready_table_4m_over_1m", four.first / one.first, "ratio", "<= 4"),
+        Result("nothing_new_1m_seconds", one.nothing_new, "s"),
+        Result("listing_1m_seconds", one.listing, "s"),
+        Result("one_gone_1m_pca_seconds", one.gone_pca, "s", "<= 10"),
+        Result("one_gone_1m_seconds", one.gone, "s", "<= 200"),
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of runs, and the driver's peak in MB."""
+
+    first: float
+    listing: float
+    nothing_new: float
+    gone: float
+    gone_pca: float
+    memory: float
+
+
+def _measure(folder: Path, folders: int) -> Measured:
+    with loopback_cluster(CLUSTERS, with_s3=False) as cluster, application(cluster) as spark:
+        job = _job(folder, spark, cluster, "http://127.0.0.1:1")
+        _fill(job, spark, folders)
+        with stand_in(folders) as endpoint:
+            first, told, memory = _timed(replace(job, s3=_s3(endpoint)))
+            nothing, _, _ = _timed(replace(job, s3=_s3(endpoint)))
+        with stand_in(folders, gone=1) as endpoint:
+            gone, of_gone, _ = _timed(replace(job, s3=_s3(endpoint), allow_removals=True))
+    if (told["computed"], of_gone["dropped"]) != (0, folders):
+        raise RuntimeError(f"expected nothing new, then {folders} gone; found {told}, {of_gone}")
+    return Measured(first, told["list"], nothing, gone, of_gone["pca"], memory)
+
+
+def _timed(job: Job) -> tuple[float, dict[str, float], float]:
+    """Run a job; return its seconds, its counts and timings, and the driver's peak in MB."""
+    mine = psutil.Process()
+    java = [
+        child for child in mine.children(recursive=True) if "SparkSubmit" in child.cmdline()[-3:]
+    ]
+    for process in (mine, *java):
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    began = time.monotonic()
+    run = job.run()
+    seconds = time.monotonic() - began
+    return seconds, run["counts"] | run["timings"], sum(_peak(p.pid) for p in (mine, *java))
+
+
+def _peak(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (peak,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1000
+
+
+def _s3(endpoint: str) -> S3Settings:
+    return S3Settings(endpoint, "us-east-1", "key", "secret")
+
+
+def _job(folder: Path, spark: SparkSession, cluster: Loopback, endpoint: str) -> Job:
+    return Job(
+        images=Address("b", "images"),
+        output=Address.parse(str(folder)),
+        model=MODEL,
+        flatbuffer=lambda: b"not used",
+        spark=lambda: spark,
+        s3=_s3(endpoint),
+        observer=Silent(),
+        pca=PCAOptions(2, None),
+    )
+
+
+def _fill(job: Job, spark: SparkSession, folders: int) -> None:
+    """Write the table: a file for each folder."""
+    table = job.table
+    table.open(job.flatbuffer)
+    base = table.create()
+    known = table.known(base)
+    assert known is not None
+    fill = _filling(table.parts)
+    table.commit(base, known, answers_of(spark, range(folders), fill))
+
+
+def _filling(parts: Parts) -> Callable[[Iterator[int]], Iterator[pa.RecordBatch]]:
+    """Return what a task does: it writes the images of folders with random features."""
+    dimensions, pages, keys_of_page, name = DIMENSIONS, PAGES, KEYS, name_of
+
+    def fill(folders: Iterator[int]) -> Iterator[pa.RecordBatch]:
+        for folder in folders:
+            keys = [(page, key) for page in range(pages) for key in range(keys_of_page)]
+            count = len(keys)
+            random = np.random.default_rng(folder).normal(size=(count, dimensions))
+            values = random.astype(np.float32).ravel()
+            offsets = np.arange(0, values.size + 1, dimensions, dtype=np.int32)
+            modified = pa.scalar(1769860800000000, TABLE.field("modified").type)
+            columns = {
+                "path": [f"{folder:04}/{name(*key)}" for key in keys],
+                "label": [f"{folder:04}"] * count,
+                "length": [4000 + key for _, key in keys],
+                "modified": pa.repeat(modified, count),
+                "version": [f"{key:032x}" for _, key in keys],
+                "sha256": pa.nulls(count, pa.binary()),
+                "decoder": [DECODER] * count,
+                "runtime": [RUNTIME] * count,
+                "features": pa.ListArray.from_arrays(offsets, values),
+                "stage": pa.nulls(count, pa.string()),
+                "reason": pa.nulls(count, pa.string()),
+            }
+            yield written(parts, "filled", pa.table(columns, schema=TABLE), dimensions)
+
+    return fill
