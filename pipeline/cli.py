@@ -238,7 +238,8 @@ def forget(
     out.print(
         f"{receipt.images:,} images forgotten, {receipt.had_rows:,} of them had a row; "
         f"{receipt.files_deleted:,} files and {receipt.states_deleted:,} states deleted.\n"
-        f"The receipt is in {output}/features; this key, shown once, proves whose it is:\n"
+        + (f"The bucket still keeps {receipt.remains}.\n" if receipt.remains else "")
+        + f"The receipt is in {output}/features; this key, shown once, proves whose it is:\n"
         f"{receipt.key}"
     )
 

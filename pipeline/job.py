@@ -103,6 +103,8 @@ class Receipt:
 
     Attributes
     ----------
+    remains
+        What the bucket still keeps, None if nothing.
     hashes
         HMAC-SHA256 of each path.
     key
@@ -114,6 +116,7 @@ class Receipt:
     had_rows: int
     files_deleted: int
     states_deleted: int
+    remains: str | None
     hashes: tuple[str, ...]
     key: str = ""
 
@@ -246,6 +249,7 @@ class Job:
             had_rows=had_rows,
             files_deleted=swept.files,
             states_deleted=swept.states,
+            remains=self.store.old_versions() if isinstance(self.store, BucketStore) else None,
             hashes=tuple(sorted(hmac.digest(key, p.encode(), "sha256").hex() for p in set(paths))),
         )
         content = json.dumps(asdict(receipt), indent=2).encode()

@@ -447,6 +447,28 @@ class BucketStore:
                 for error in answer.get("Errors", []):  # a key's own, in an answer of 200
                     raise StorageError(self._explain(error))
 
+    def old_versions(self) -> str | None:
+        """Return what the bucket keeps of objects that are deleted or replaced, None if nothing."""
+        from botocore.exceptions import ClientError
+
+        try:
+            if not self.client.get_bucket_versioning(Bucket=self.bucket).get("Status"):
+                return None
+        except ClientError:
+            return "not known: these credentials may not ask for the bucket's versioning"
+        try:
+            rules = self.client.get_bucket_lifecycle_configuration(Bucket=self.bucket)["Rules"]
+        except ClientError:
+            rules = []
+        days = [
+            rule["NoncurrentVersionExpiration"]["NoncurrentDays"]
+            for rule in rules
+            if rule["Status"] == "Enabled" and "NoncurrentVersionExpiration" in rule
+        ]
+        if not days:
+            return "old versions of all objects, as no rule of the bucket deletes them"
+        return f"old versions of objects, which the bucket's rules delete after {max(days)} days"
+
     def create_bucket(self) -> None:
         """Create the bucket of this address."""
         with self._readable_errors():

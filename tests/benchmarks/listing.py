@@ -25,6 +25,7 @@ from tests.benchmarks.results import Result
 
 FOLDERS, PAGES, KEYS = 40, 5, 1000
 SECONDS_AWAY = 0.05
+NAME = "Apple Braeburn {}_{:04}_100.jpg"  # of an image within its folder
 
 
 def measure(_: Setup) -> list[Result]:
@@ -89,6 +90,9 @@ class _Pages(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        if "prefix" not in asked:
+            self.send_error(404)  # of the images themselves there is none
+            return
         time.sleep(self.seconds_away)
         if "delimiter" in asked:
             body = self._level() if asked["prefix"] == "images/" else b""
@@ -117,7 +121,7 @@ class _Pages(BaseHTTPRequestHandler):
         pages = PAGES if folder else self.folders * PAGES
         name, page = (folder, number) if folder else (f"{number // PAGES:04}", number % PAGES)
         objects = "".join(
-            f"<Contents><Key>images/{name}/{name_of(page, key).replace(' ', '+')}</Key>"
+            f"<Contents><Key>images/{name}/{NAME.format(page, key).replace(' ', '+')}</Key>"
             "<LastModified>2026-01-31T12:00:00.000Z</LastModified>"
             f"<ETag>&quot;{key:032x}&quot;</ETag><Size>{4000 + key}</Size>"
             "<StorageClass>STANDARD</StorageClass></Contents>"
@@ -127,11 +131,6 @@ class _Pages(BaseHTTPRequestHandler):
         more = "" if is_last else f"<NextContinuationToken>{number + 1}</NextContinuationToken>"
         told = f"<IsTruncated>{str(not is_last).lower()}</IsTruncated>{more}"
         return f"{_HEAD}{told}{objects}</ListBucketResult>".encode()
-
-
-def name_of(page: int, key: int) -> str:
-    """Return the name of an image within its folder."""
-    return f"Apple Braeburn {page}_{key:04}_100.jpg"
 
 
 _HEAD = (

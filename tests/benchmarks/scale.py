@@ -9,6 +9,7 @@ then gone: `one_gone_pca_seconds` and `one_gone_seconds` are the PCA's and the w
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
@@ -29,7 +29,7 @@ from pipeline.storage import Address, S3Settings
 from pipeline.table.feature_table import DECODER, RUNTIME, TABLE, written
 from pipeline.table.parts import Parts
 from tests.benchmarks._common import Setup, Silent, application
-from tests.benchmarks.listing import KEYS, PAGES, name_of, stand_in
+from tests.benchmarks.listing import KEYS, NAME, PAGES, stand_in
 from tests.benchmarks.results import Result
 
 DIMENSIONS = 64
@@ -83,16 +83,13 @@ def _measure(folder: Path, folders: int) -> Measured:
 
 def _timed(job: Job) -> tuple[float, dict[str, float], float]:
     """Run a job; return its seconds, its counts and timings, and the driver's peak in MB."""
-    mine = psutil.Process()
-    java = [
-        child for child in mine.children(recursive=True) if "SparkSubmit" in child.cmdline()[-3:]
-    ]
-    for process in (mine, *java):
-        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    mine = os.getpid(), job.spark().sparkContext._gateway.proc.pid
+    for process in mine:
+        Path(f"/proc/{process}/clear_refs").write_text("5")
     began = time.monotonic()
     run = job.run()
     seconds = time.monotonic() - began
-    return seconds, run["counts"] | run["timings"], sum(_peak(p.pid) for p in (mine, *java))
+    return seconds, run["counts"] | run["timings"], sum(map(_peak, mine))
 
 
 def _peak(pid: int) -> float:
@@ -131,7 +128,7 @@ def _fill(job: Job, spark: SparkSession, folders: int) -> None:
 
 def _filling(parts: Parts) -> Callable[[Iterator[int]], Iterator[pa.RecordBatch]]:
     """Return what a task does: it writes the images of folders with random features."""
-    dimensions, pages, keys_of_page, name = DIMENSIONS, PAGES, KEYS, name_of
+    dimensions, pages, keys_of_page, name = DIMENSIONS, PAGES, KEYS, NAME
 
     def fill(folders: Iterator[int]) -> Iterator[pa.RecordBatch]:
         for folder in folders:
@@ -142,7 +139,7 @@ def _filling(parts: Parts) -> Callable[[Iterator[int]], Iterator[pa.RecordBatch]
             offsets = np.arange(0, values.size + 1, dimensions, dtype=np.int32)
             modified = pa.scalar(1769860800000000, TABLE.field("modified").type)
             columns = {
-                "path": [f"{folder:04}/{name(*key)}" for key in keys],
+                "path": [f"{folder:04}/{name.format(*key)}" for key in keys],
                 "label": [f"{folder:04}"] * count,
                 "length": [4000 + key for _, key in keys],
                 "modified": pa.repeat(modified, count),

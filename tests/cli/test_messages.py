@@ -119,8 +119,11 @@ def test_a_damaged_run_json(fruits_here: Fruits, fruit_pictures: Path, tmp_path:
     one_line_error(fruits_here("run", fruit_pictures, "output", *LITE), "run.json is damaged")
 
 
-def test_an_output_whose_name_is_a_pattern(fruits_here: Fruits, fruit_pictures: Path) -> None:
-    one_line_error(fruits_here("run", fruit_pictures, "out[1]", *LITE), "takes for a pattern")
+@pytest.mark.parametrize("name", ["out[1]", "out#1", "out%41"])
+def test_an_output_whose_name_means_something_else(
+    fruits_here: Fruits, fruit_pictures: Path, name: str
+) -> None:
+    one_line_error(fruits_here("run", fruit_pictures, name, *LITE), "they take for something else")
 
 
 def test_an_output_inside_the_images(fruits_here: Fruits, fruit_pictures: Path) -> None:

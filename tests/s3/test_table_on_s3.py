@@ -102,3 +102,19 @@ def test_parts_are_joined_in_their_order(
     bucket.join([(f"parts/{number}", size) for number, size in enumerate(sizes)], "whole é.csv")
     assert bucket.read("whole é.csv") == b"".join(contents)
     assert bucket.read("parts/0") == contents[0]
+
+
+def test_what_a_bucket_keeps_of_deleted_objects_is_told(bucket: BucketStore) -> None:
+    assert bucket.old_versions() is None
+    bucket.client.put_bucket_versioning(
+        Bucket=bucket.bucket, VersioningConfiguration={"Status": "Enabled"}
+    )
+    assert "no rule of the bucket deletes them" in str(bucket.old_versions())
+    rule = {
+        "ID": "old", "Status": "Enabled", "Filter": {"Prefix": ""},
+        "NoncurrentVersionExpiration": {"NoncurrentDays": 30},
+    }  # fmt: skip
+    bucket.client.put_bucket_lifecycle_configuration(
+        Bucket=bucket.bucket, LifecycleConfiguration={"Rules": [rule]}
+    )
+    assert "after 30 days" in str(bucket.old_versions())
