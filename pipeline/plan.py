@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -209,16 +211,21 @@ class WritePlan:
     def _write(self, rows: pa.Table) -> pa.RecordBatch:
         part = f"plan-{uuid.uuid4().hex}.parquet"
         self.work.write(part, rows)
-        counts = rows.group_by("file", use_threads=False).aggregate(
-            [([], "count_all"), ("gone", "sum")]
-        )
         told_of, start = [], 0
-        for file, count_, gone in zip(*(c.to_pylist() for c in counts.columns), strict=True):
-            todo = count_ - (gone or 0)
+        # Arrow's own group_by does not keep the order of the rows.
+        sorted_rows = zip(rows["file"].to_pylist(), rows["gone"].to_pylist(), strict=True)
+        for file, of_file in groupby(sorted_rows, key=itemgetter(0)):
+            gone = [is_gone for _, is_gone in of_file]
             told_of.append(
-                {"part": part, "file": file, "start": start, "todo": todo, "gone": gone or 0}
+                {
+                    "part": part,
+                    "file": file,
+                    "start": start,
+                    "todo": len(gone) - sum(gone),
+                    "gone": sum(gone),
+                }
             )
-            start += count_
+            start += len(gone)
         return pa.RecordBatch.from_pylist(
             told_of,
             pa.schema(

@@ -566,6 +566,17 @@ def test_a_plan_keeps_the_rows_of_a_file_together(
     assert len([row for row in told_of if row["file"]]) == 3, "a file is in one part"
 
 
+def test_a_plan_of_many_files_names_the_rows_of_each(tmp_path: Path) -> None:
+    """By the thousand: a table that is hashed may be in order for a few."""
+    names = [hashlib.sha256(bytes([n % 256, n // 256])).hexdigest() for n in range(3000)]
+    rows = plan_rows(*((f"of {name}", name, True) for name in sorted(names)))
+    work = Parts(address_of(tmp_path), S3Settings())
+    for batch in WritePlan(work)(iter(rows.to_batches(max_chunksize=700))):
+        for row in batch.to_pylist():
+            (path,) = work.read_slice(Slice(row["part"], row["start"], 1))["path"].to_pylist()
+            assert path == f"of {row['file']}"
+
+
 def test_touched_files_are_rewritten_in_bounded_commits() -> None:
     touched = [Touched(name, "plan", 0, todo, 1) for name, todo in
                (("a", 5), ("b", 5), ("c", 0), ("d", 9), ("e", 20))]  # fmt: skip
