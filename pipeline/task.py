@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from pyspark.accumulators import Accumulator
 from pyspark.core.broadcast import Broadcast
 
+from pipeline.errors import StateError
 from pipeline.listing.images import LISTING
 from pipeline.networks.decode import MAX_BYTES, BadImageError, decode
 from pipeline.networks.model import load_network
@@ -259,6 +260,10 @@ class Rewrite:
                 continue  # all of it could not be read before, and cannot be read now
             rows = pa.Table.from_batches(list(self.table.read(touched.file)))
             paths = rows["path"].to_pylist()
+            if missing := plan.keys() - set(paths):
+                raise StateError(
+                    f"expected a row of {min(missing)} in {touched.file}, found none. Run again."
+                )
             goes = pa.array([path in plan and path not in kept for path in paths])
             stays = {number: kept[path] for number, path in enumerate(paths) if path in kept}
             renewed = _listed_anew(rows, stays)
