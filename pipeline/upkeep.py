@@ -100,9 +100,7 @@ def forget(
                 f"expected {images.address}/{path} to be deleted before it is forgotten, found "
                 "it there: the next run would take it in again. Delete it, then run this again."
             )
-    snapshot = table.snapshot()
-    if snapshot is None:
-        raise StateError(f"expected a feature table in {table.delta.address}, found none.")
+    snapshot = _newest(table)
     known = table.known(snapshot)
     if known is None:
         raise StateError("what is known of the table's rows is lost. Run fruits run first.")
@@ -145,15 +143,20 @@ def _rows_of(
     ]
 
 
+def _newest(table: FeatureTable) -> Snapshot:
+    snapshot = table.snapshot()
+    if snapshot is None:
+        raise StateError(f"expected a feature table in {table.delta.address}, found none.")
+    return snapshot
+
+
 def sweep_all(table: FeatureTable) -> Swept:
     """Delete all that the newest version does not name, however young; readers of others end.
 
     First an empty commit, as a fence: whoever is at work from before it cannot commit any more, so
     that none of the files that are deleted can become live.
     """
-    snapshot = table.snapshot()
-    if snapshot is None:
-        raise StateError(f"expected a feature table in {table.delta.address}, found none.")
+    snapshot = _newest(table)
     fence = table.delta.commit(snapshot, Change(), str(snapshot.state))
     entries = table.delta.store.list("_delta_log/")
     since = max(entry.modified for entry in entries if entry.key.endswith(f"{fence.version}.json"))
@@ -198,9 +201,7 @@ def vacuum(table: FeatureTable, retention: timedelta) -> Swept:
             f"expected at least {SHORTEST_RETENTION.days} days, found {retention.days}: what is "
             "younger may belong to a run at work."
         )
-    snapshot = table.snapshot()
-    if snapshot is None:
-        raise StateError(f"expected a feature table in {table.delta.address}, found none.")
+    snapshot = _newest(table)
     long_ago = datetime.now(UTC) - retention
     old = set(table.delta.unnamed_files(retention)) - snapshot.files.keys()
     named = table.delta.states(retention)

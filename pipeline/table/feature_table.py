@@ -30,7 +30,7 @@ from pipeline.listing.images import LISTING
 from pipeline.networks.model import Model
 from pipeline.pca import Moments, Running, Tally, feature_matrix
 from pipeline.storage import Address, S3Settings, Store
-from pipeline.table.delta import Change, Delta, File, Snapshot
+from pipeline.table.delta import UPKEEP, Change, Delta, File, Snapshot
 from pipeline.table.parts import Parts, for_each
 
 READ, DECODE = "read", "decode"  # the stages at which an image can end in quarantine
@@ -268,7 +268,7 @@ class FeatureTable:
 
     def note(self, base: Snapshot, known: Known) -> Snapshot:
         """Give a snapshot whose rows were counted anew a state of its own."""
-        return self.delta.commit(base, Change(kind="upkeep"), self._keep(known))
+        return self.delta.commit(base, Change(kind=UPKEEP), self._keep(known))
 
     def _keep(self, known: Known) -> str:
         content = known.to_bytes()

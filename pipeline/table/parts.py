@@ -7,8 +7,6 @@ What is done with each of a list of things (files, slices of files) is a DataFra
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +18,7 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.engine.session import task_slots
-from pipeline.storage import Address, S3Settings, s3_client
+from pipeline.storage import Address, FolderStore, S3Settings, s3_client
 
 # Floats hardly shrink: what is read again and again had better be quick to unpack.
 CODEC = "lz4_raw"
@@ -66,7 +64,7 @@ class Parts:
     def put(self, path: str, content: io.BytesIO) -> None:
         """Write any file whole or not at all."""
         if self.address.bucket is None:
-            _write_file(Path(self.address.path) / path, content.getbuffer())
+            FolderStore(self.address).write(path, content.getvalue())
         else:
             self._client.put(path, content.getvalue())
 
@@ -175,15 +173,3 @@ def _words(schema: pa.Schema) -> list[str]:
     return [
         name for name in ("label", "decoder", "runtime", "stage", "reason") if name in schema.names
     ]
-
-
-def _write_file(target: Path, content: memoryview) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".write-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
-    finally:
-        Path(name).unlink(missing_ok=True)
