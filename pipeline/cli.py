@@ -14,12 +14,13 @@ from pipeline import __version__
 from pipeline.console import err, explain, observing, out, summary
 from pipeline.engine.session import read_settings
 from pipeline.errors import FruitsError, StorageError
-from pipeline.job import PCAOptions
+from pipeline.job import Choices
 from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
 from pipeline.local.place import make_job, make_job_of_table, model_in, open_place
 from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import DEFAULT, NETWORKS
+from pipeline.record import PCAOptions
 from pipeline.storage import Address, S3Settings, open_store
 from pipeline.table.feature_table import FeatureTable
 from pipeline.upkeep import vacuum as vacuum_table
@@ -135,21 +136,10 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Do the whole job: list, features, PCA, matrix. A rerun computes only what is new."""
+    manifest = Address.parse(inventory) if inventory else None
+    choices = Choices(manifest, force, allow_removals, recompute, single_writer)
     with open_place(master) as place, observing() as observer:
-        job = make_job(
-            place,
-            observer,
-            images,
-            output,
-            backbone,
-            weights,
-            input_size,
-            inventory=inventory,
-            force=force,
-            allow_removals=allow_removals,
-            recompute=recompute,
-            single_writer=single_writer,
-        )
+        job = make_job(place, observer, images, output, backbone, weights, input_size, choices)
         job.pca = _pca_options(components, variance, standardize)
         result = job.run()
     out.print(summary(result, output))
@@ -171,25 +161,14 @@ def features(
     debug: Debug = False,
 ) -> None:
     """Bring the feature table below OUTPUT up to date with IMAGES, and stop there."""
+    manifest = Address.parse(inventory) if inventory else None
+    choices = Choices(manifest, force, allow_removals, recompute, single_writer)
     with open_place(master) as place, observing() as observer:
-        job = make_job(
-            place,
-            observer,
-            images,
-            output,
-            backbone,
-            weights,
-            input_size,
-            inventory=inventory,
-            force=force,
-            allow_removals=allow_removals,
-            recompute=recompute,
-            single_writer=single_writer,
-        )
-        counts = job.features()["counts"]
+        job = make_job(place, observer, images, output, backbone, weights, input_size, choices)
+        counts = job.features()
     out.print(
-        f"{counts['features']:,} features and {counts['quarantined']:,} quarantined of "
-        f"{counts['listed']:,} images; {counts['computed']:,} computed now.\n"
+        f"{counts.features:,} features and {counts.quarantined:,} quarantined of "
+        f"{counts.listed:,} images; {counts.computed:,} computed now.\n"
         f"Next: fruits pca {output}"
     )
 
@@ -211,9 +190,8 @@ def pca(
 ) -> None:
     """Fit the PCA and write the matrix from the features that OUTPUT holds."""
     with open_place(master) as place, observing() as observer:
-        job = make_job_of_table(
-            place, observer, output, backbone, force=force, single_writer=single_writer
-        )
+        choices = Choices(force=force, single_writer=single_writer)
+        job = make_job_of_table(place, observer, output, backbone, choices)
         job.pca = _pca_options(components, variance, standardize)
         result = job.fit()
     out.print(summary(result, output))
@@ -233,7 +211,8 @@ def forget(
 ) -> None:
     """Remove deleted images from features and result, and every older file that held them."""
     with open_place(master) as place, observing() as observer:
-        job = make_job_of_table(place, observer, output, backbone, single_writer=single_writer)
+        choices = Choices(single_writer=single_writer)
+        job = make_job_of_table(place, observer, output, backbone, choices)
         receipt = job.forget(paths)
     out.print(
         f"{receipt.images:,} images forgotten, {receipt.had_rows:,} of them had a row; "

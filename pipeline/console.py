@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.features import Progress
+from pipeline.record import Run
 
 STAGES = {
     "list": "Listing the images",
@@ -105,21 +106,22 @@ def observing() -> Iterator[ConsoleObserver]:
         observer.finish()
 
 
-def summary(run: dict[str, Any], where: str) -> Table:
+def summary(run: Run, where: str) -> Table:
     """Return a run's figures as a small table."""
-    counts, pca = run["counts"], run["pca"]
-    speed = run["images_per_second"]
+    counts, pca, speed = run.counts, run.pca, run.images_per_second
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("images", f"{counts['listed']:,} listed, {counts['quarantined']:,} quarantined")
-    computed = f"{counts['computed']:,} computed, {counts['reused']:,} reused"
-    if counts["dropped"]:
-        computed += f", {counts['dropped']:,} dropped (gone since the last run)"
-    if counts.get("other_makers"):
-        computed += f", {counts['other_makers']:,} made by another decoder or runtime (--recompute)"
+    table.add_row("images", f"{counts.listed:,} listed, {counts.quarantined:,} quarantined")
+    computed = f"{counts.computed:,} computed, {counts.reused:,} reused"
+    if counts.dropped:
+        computed += f", {counts.dropped:,} dropped (gone since the last run)"
+    if counts.unsure:
+        computed += f", {counts.unsure:,} left alone (too young for the inventory)"
+    if counts.other_makers:
+        computed += f", {counts.other_makers:,} made by another decoder or runtime (--recompute)"
     table.add_row("features", computed + (f", {speed:,.0f} images/s" if speed else ""))
-    table.add_row("network", run["model"]["id"])
-    table.add_row("PCA", f"{pca['k']} components keep {pca['variance']:.1%} of the variance")
-    table.add_row("time", f"{run['timings']['total']:.1f} s")
+    table.add_row("network", run.model.id)
+    table.add_row("PCA", f"{pca.k} components keep {pca.variance:.1%} of the variance")
+    table.add_row("time", f"{run.timings['total']:.1f} s")
     table.add_row("result", where)
     return table
 

@@ -14,29 +14,29 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.accumulators import Accumulator
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.engine.session import task_slots
 from pipeline.errors import StateError
 from pipeline.listing.images import Listing
 from pipeline.pca import Tally
 from pipeline.plan import Plan, Touched, check_removals, make_plan
+from pipeline.record import Counts, Speed
 from pipeline.storage import ImageReader
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import (
     READ,
     WRITTEN,
-    WRITTEN_SQL,
     FeatureTable,
     Known,
     LastPass,
-    Speed,
     told,
 )
 from pipeline.table.parts import Item, Parts, Slice, cut, for_each, tasks_for
@@ -73,6 +73,26 @@ class Pass:
     largest: Speed | None
     recounted: bool = False  # all rows were read for what is known of them
     unsure: int = 0  # rows that an inventory would have changed, and is too young to
+
+    @property
+    def counts(self) -> Counts:
+        """Return the numbers of images."""
+        known = self.known
+        return Counts(
+            listed=known.rows,
+            features=known.features,
+            quarantined=known.quarantined,
+            computed=self.computed,
+            reused=self.reused,
+            dropped=self.dropped,
+            ignored=self.ignored,
+            unsure=self.unsure,
+        )
+
+    @property
+    def rows_read(self) -> int:
+        """Return of how many rows the features were read or computed for what is known."""
+        return self.known.features if self.recounted else self.computed
 
 
 def compute_features(
@@ -246,6 +266,16 @@ def count(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Known
     return table.counted(answers)
 
 
+def recount(spark: SparkSession, table: FeatureTable, done: Pass) -> Pass:
+    """Count all rows anew, where what is known of them has lost its last digits."""
+    known = count(spark, table, done.snapshot)
+    snapshot = table.note(done.snapshot, known)
+    last = table.last_pass()
+    if last is not None and last.state == done.snapshot.state:
+        table.keep_pass(replace(last, state=str(snapshot.state)))
+    return replace(done, snapshot=snapshot, known=known, recounted=True)
+
+
 def answers_of(
     spark: SparkSession,
     items: Sequence[Item],
@@ -255,12 +285,12 @@ def answers_of(
     if not items:
         return WRITTEN.empty_table()
     tasks = tasks_for(spark, len(items))
-    frame = for_each(spark, items, lambda some: _merged(do(some)), WRITTEN_SQL)
+    frame = for_each(spark, items, lambda some: _merged(do(some)), WRITTEN)
     if tasks > ANSWERS_AT_ONCE:
         for parts in (math.isqrt(tasks), 1):
             # By partition: a task that is run again must tell the same ones.
             together = frame.repartition(parts, sf.spark_partition_id())
-            frame = together.mapInArrow(_merged, WRITTEN_SQL)
+            frame = together.mapInArrow(_merged, from_arrow_schema(WRITTEN))
     return frame.toArrow().cast(WRITTEN)
 
 

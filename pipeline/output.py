@@ -1,19 +1,34 @@
-"""Whose an OUTPUT is: free, of this job's earlier runs, or of something else that must stay."""
+"""What lies in an OUTPUT, whose it is, and how a result takes its place there.
+
+features/    the feature tables, one for each model (table/)
+matrix.csv, matrix.parquet/, report.html ...    the result
+run.json     its record; it comes last
+_next/       a result that is being prepared
+_work/       what a run at work keeps for itself
+"""
 
 from __future__ import annotations
 
-import json
 import secrets
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import OutputTakenError, StateError, StorageError
-from pipeline.matrix import NEXT, RESULT
 from pipeline.networks.model import Model
+from pipeline.record import Run
 from pipeline.storage import Address, BucketStore, Store
 
-Run = dict[str, Any]  # the content of run.json
-WORK = "_work"  # what a run at work keeps for itself
+RECORD = "run.json"
+RESULT = (
+    "matrix.parquet",
+    "matrix.csv",
+    "explained_variance.csv",
+    "model",
+    "quarantine.csv",
+    "samples",
+    "report.html",
+)
+NEXT = "_next"
+WORK = "_work"
 
 
 def check_output(
@@ -95,26 +110,22 @@ def _refuse(output: Store, taken: str | None) -> None:
 
 
 def read_run(output: Store) -> Run | None:
-    """Return the content of an OUTPUT's run.json, None where there is none."""
-    content = output.read("run.json")
-    if content is None:
-        return None
-    try:
-        run: Run = json.loads(content)
-        run["images"], run["model"]["id"], run["pca"]["requested"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"{output.address}/run.json is damaged ({error!r}). Remove it and run again: the "
-            "features are kept, and the result is made anew."
-        ) from error
-    return run
+    """Return the record of an OUTPUT's result, None where there is none.
+
+    Raises
+    ------
+    StateError
+        When it is damaged, or of a newer version.
+    """
+    content = output.read(RECORD)
+    return Run.from_bytes(content, f"{output.address}/{RECORD}") if content is not None else None
 
 
 def _difference(previous: Run, images: Address, model: Model) -> str | None:
-    if previous["images"] != str(images):
-        return f"the run of {previous['images']}, not of {images}"
-    if previous["model"]["id"] != model.id:
-        return f"features of the model {previous['model']['id']}, not of {model.id}"
+    if previous.images != str(images):
+        return f"the run of {previous.images}, not of {images}"
+    if previous.model.id != model.id:
+        return f"features of the model {previous.model.id}, not of {model.id}"
     return None
 
 
@@ -127,6 +138,33 @@ def _foreign_content(output: Store, model_id: str) -> str | None:
             found = rest.partition("/")[0]
             if found != model_id:
                 return f"features of the model {found}, not of {model_id}"
-        elif top not in {*RESULT, NEXT, WORK, "run.json"}:
+        elif top not in {*RESULT, NEXT, WORK, RECORD}:
             return f"something else ({entry.key})"
     return None
+
+
+def publish(output: Store, run: Run) -> None:
+    """Move what was prepared to its place; `run.json` goes first and comes back last.
+
+    Whoever reads an OUTPUT that has a run.json reads one whole result. A run that dies in between
+    leaves none, and the next one makes the result again from the features, which are kept.
+
+    Raises
+    ------
+    StateError
+        When a part is not there: another run has used the same OUTPUT meanwhile.
+    """
+    prepared = {name: [entry.key for entry in output.list(f"{NEXT}/{name}")] for name in RESULT}
+    for name, keys in prepared.items():
+        if not keys:
+            raise StateError(
+                f"expected {name} in {output.address / NEXT}, found it gone: another run writes to "
+                "this OUTPUT. Run again, one run at a time, or name another OUTPUT."
+            )
+    output.delete(RECORD)
+    for name, keys in prepared.items():
+        output.delete(name)
+        for key in sorted(keys, key=lambda key: key.endswith("/_SUCCESS")):  # true once it is there
+            output.move(key, key.removeprefix(f"{NEXT}/"))
+    output.delete(NEXT)
+    output.write(RECORD, run.to_bytes())

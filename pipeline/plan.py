@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.engine.session import task_slots
 from pipeline.errors import RemovalsError
 from pipeline.listing.images import LISTING
 from pipeline.storage import Address
 from pipeline.table.delta import Snapshot
-from pipeline.table.feature_table import DECODER, READ, RUNTIME, FeatureTable, sql_schema
+from pipeline.table.feature_table import DECODER, READ, RUNTIME, FeatureTable
 from pipeline.table.parts import Parts, Slice, for_each
 
 FILES_PER_COMMIT = 1000  # files that are written again
@@ -99,6 +100,23 @@ def check_removals(gone: int, known: int, images: Address) -> None:
         )
 
 
+KNOWN = pa.schema(
+    [
+        ("path", pa.string()),
+        ("known_length", pa.int64()),
+        ("known_modified", pa.timestamp("us", "UTC")),
+        ("known_version", pa.string()),
+        ("stage", pa.string()),
+        ("known_sha256", pa.binary()),
+        ("known_reason", pa.string()),
+        ("same_maker", pa.bool_()),
+        ("file", pa.string()),
+    ]
+)
+PLAN = pa.schema(
+    [("part", pa.string()), ("file", pa.string())]
+    + [(name, pa.int64()) for name in ("start", "todo", "gone")]
+)
 KEYS = ["path", "length", "modified", "version", "stage", "sha256", "reason", "decoder", "runtime"]
 
 
@@ -129,12 +147,8 @@ def make_plan(
             for batch in parts.read(file, KEYS):
                 yield _known_columns(dict(zip(KEYS, batch.columns, strict=True)), file)
 
-    of_keys = (
-        "path string, known_length long, known_modified timestamp, known_version string, "
-        "stage string, known_sha256 binary, known_reason string, same_maker boolean, file string"
-    )
-    now = for_each(spark, listed, images, sql_schema(LISTING.names))
-    known = for_each(spark, list(snapshot.files), keys, of_keys)
+    now = for_each(spark, listed, images, LISTING)
+    known = for_each(spark, list(snapshot.files), keys, KNOWN)
     is_gone = sf.col("version").isNull()
     same_listing = (sf.col("length") == sf.col("known_length")) & (
         sf.col("version") == sf.col("known_version")
@@ -158,8 +172,7 @@ def make_plan(
         .repartition(4 * slots, place)
         .sortWithinPartitions(sf.col("file").asc_nulls_first(), "gone")
     )
-    of_plan = "part string, file string, start long, todo long, gone long"
-    told_of = ordered.mapInArrow(WritePlan(work), of_plan).toArrow().to_pylist()
+    told_of = ordered.mapInArrow(WritePlan(work), from_arrow_schema(PLAN)).toArrow().to_pylist()
     new = [Slice(row["part"], row["start"], row["todo"]) for row in told_of if row["file"] is None]
     touched = [
         Touched(row["file"], row["part"], row["start"], row["todo"], row["gone"])
@@ -226,13 +239,7 @@ class WritePlan:
                 }
             )
             start += len(gone)
-        return pa.RecordBatch.from_pylist(
-            told_of,
-            pa.schema(
-                [("part", pa.string()), ("file", pa.string())]
-                + [(name, pa.int64()) for name in ("start", "todo", "gone")]
-            ),
-        )
+        return pa.RecordBatch.from_pylist(told_of, PLAN)
 
 
 def _rows_of_whole_files(rows: pa.Table) -> int:

@@ -1,28 +1,25 @@
-"""Keeps a feature table quick to read, deletes what no version names, and forgets images."""
+"""Keeps a feature table quick to read, and deletes what no version names."""
 
 from __future__ import annotations
 
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import accumulate
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from pipeline.errors import StateError
 from pipeline.output import WORK
-from pipeline.plan import Touched
-from pipeline.storage import Entry, Store
+from pipeline.storage import Entry
 from pipeline.table.delta import UPKEEP, Change, File, Snapshot
-from pipeline.table.feature_table import ROWS_PER_FILE, WRITTEN, WRITTEN_SQL, FeatureTable
+from pipeline.table.feature_table import ROWS_PER_FILE, FeatureTable
 from pipeline.table.parts import Parts, for_each
-from pipeline.task import Rewrite
 
 SMALL = ROWS_PER_FILE // 4  # rows; a file with fewer is worth merging
 MOST_SMALL_FILES = 32  # what a dozen small passes leave
+MERGED = pa.schema([("path", pa.string()), ("size", pa.int64()), ("rows", pa.int64())])
 SHORTEST_RETENTION = timedelta(days=2)  # a pass that began before is over by then
 
 
@@ -44,7 +41,7 @@ def merge_small_files(spark: SparkSession, table: FeatureTable, snapshot: Snapsh
         return snapshot
     merge = Merge(table.parts, uuid.uuid4().hex)
     spark.sparkContext.setJobDescription(f"features: {len(small)} small files merged")
-    told = for_each(spark, list(_groups(small)), merge, "path string, size long, rows long")
+    told = for_each(spark, list(_groups(small)), merge, MERGED)
     add = tuple(File(**row.asDict()) for row in told.collect())
     spark.sparkContext.setJobDescription("")
     change = Change(add, tuple(file.path for file in small), UPKEEP)
@@ -77,77 +74,8 @@ class Merge:
             path = f"{self.commit}/{uuid.uuid4().hex}.parquet"
             size = self.parts.write(path, rows)
             yield pa.RecordBatch.from_pydict(
-                {"path": [path], "size": [size], "rows": [rows.num_rows]}
+                {"path": [path], "size": [size], "rows": [rows.num_rows]}, MERGED
             )
-
-
-def forget(
-    spark: SparkSession, table: FeatureTable, images: Store, paths: Sequence[str], work: Parts
-) -> int:
-    """Remove images from the table; return how many of them had a row.
-
-    The files that held them are written again without them and the moments corrected; what holds
-    them still, in files and states of older versions, `sweep_all` deletes.
-
-    Raises
-    ------
-    StateError
-        When an image still lies where it was listed: the next run would take it in again.
-    """
-    for path in paths:
-        if any(entry.key == path for entry in images.list(path)):
-            raise StateError(
-                f"expected {images.address}/{path} to be deleted before it is forgotten, found "
-                "it there: the next run would take it in again. Delete it, then run this again."
-            )
-    snapshot = _newest(table)
-    known = table.known(snapshot)
-    if known is None:
-        raise StateError("what is known of the table's rows is lost. Run fruits run first.")
-    touched = _rows_of(spark, table, snapshot, frozenset(paths), work)
-    if touched:
-        rewrite = Rewrite(table.parts, work, [], uuid.uuid4().hex, table.model.dimensions)
-        told = for_each(spark, touched, rewrite, WRITTEN_SQL).toArrow().cast(WRITTEN)
-        made, _ = table.commit(snapshot, known, told)
-        last = table.last_pass()
-        if last is not None and last.state == snapshot.state:
-            table.keep_pass(replace(last, state=str(made.state)))
-    return sum(one.gone for one in touched)
-
-
-def _rows_of(
-    spark: SparkSession, table: FeatureTable, snapshot: Snapshot, paths: frozenset[str], work: Parts
-) -> list[Touched]:
-    """Return the files that hold rows of images, whose paths are written down beside them."""
-    parts = table.parts
-
-    def find(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
-        for file in files:
-            rows = (path for b in parts.read(file, ["path"]) for path in b.column(0).to_pylist())
-            found = [path for path in rows if path in paths]
-            yield pa.RecordBatch.from_pydict(
-                {
-                    "file": pa.array([file] * len(found), pa.string()),
-                    "path": pa.array(found, pa.string()),
-                }
-            )
-
-    found = for_each(spark, list(snapshot.files), find, "file string, path string").collect()
-    rows = sorted((row["file"], row["path"]) for row in found)
-    work.write("forget.parquet", pa.table({"path": pa.array([p for _, p in rows], pa.string())}))
-    counts = Counter(file for file, _ in rows)
-    starts = accumulate(counts.values(), initial=0)
-    return [
-        Touched(file, "forget.parquet", start, 0, count)
-        for (file, count), start in zip(counts.items(), starts, strict=False)
-    ]
-
-
-def _newest(table: FeatureTable) -> Snapshot:
-    snapshot = table.snapshot()
-    if snapshot is None:
-        raise StateError(f"expected a feature table in {table.delta.address}, found none.")
-    return snapshot
 
 
 def sweep_all(table: FeatureTable) -> Swept:
@@ -156,7 +84,7 @@ def sweep_all(table: FeatureTable) -> Swept:
     First an empty commit, as a fence: whoever is at work from before it cannot commit any more, so
     that none of the files that are deleted can become live.
     """
-    snapshot = _newest(table)
+    snapshot = table.newest()
     fence = table.delta.commit(snapshot, Change(), str(snapshot.state))
     entries = table.delta.store.list("_delta_log/")
     since = max(entry.modified for entry in entries if entry.key.endswith(f"{fence.version}.json"))
@@ -201,7 +129,7 @@ def vacuum(table: FeatureTable, retention: timedelta) -> Swept:
             f"expected at least {SHORTEST_RETENTION.days} days, found {retention.days}: what is "
             "younger may belong to a run at work."
         )
-    snapshot = _newest(table)
+    snapshot = table.newest()
     long_ago = datetime.now(UTC) - retention
     old = set(table.delta.unnamed_files(retention)) - snapshot.files.keys()
     named = table.delta.states(retention)

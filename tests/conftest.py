@@ -25,7 +25,7 @@ from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, find_weights, flatbuffer, identify
 from pipeline.storage import Address, BucketStore
-from tests.suites import LONGEST, Meter, Scheduling, Suites
+from tests.suites import LONGEST, Meter, Scheduling, Suites, scope_of
 
 PROJECT = Path(__file__).parent.parent
 
@@ -45,11 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Suites(config))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin each folder with its longest file, so that all processes end together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin each folder with its longest file, so that all processes end together.
+
+    Where there are several, one begins with tests/hosts, which takes it until the end.
+    """
     folders = [item.path.parent for item in items]
     order = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
-    items.sort(key=lambda item: (order[item.path.parent], item.path.name not in LONGEST))
+    has_others = hasattr(config, "workerinput")
+    items.sort(
+        key=lambda item: (
+            has_others and scope_of(item.nodeid) != "hosts",
+            order[item.path.parent],
+            item.path.name not in LONGEST,
+        )
+    )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:

@@ -3,7 +3,8 @@
 It forwards bytes as they are, Host header and signature included, on one connection to S3 for
 each of the client's, kept alive as long as the client keeps its own. It can hold the answer to
 every GET back for a while, answer a share of all requests with 503 SlowDown, and never answer
-another share. It runs in a process of its own and tells at the end what it did, and at which cost.
+another share. It can hold commits to a Delta table back until several have come, and let them go
+at once. It runs in a process of its own and tells at the end what it did, and at which cost.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ REFUSAL = b"\r\n".join(
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Seconds added to GETs below a path, and the shares of requests refused and never answered."""
+    """Seconds added to GETs below a path, and the shares of requests refused and never answered.
+
+    The first `together` commits to a Delta table are held until the last of them has come.
+    """
 
     delay: float = 0.0
     refused: float = 0.0
     hung: float = 0.0
+    together: int = 0
     slow_path: str = "/"
 
 
@@ -77,12 +82,28 @@ def s3_proxy(endpoint: str, behaviour: Behaviour, address: str = "127.0.0.1") ->
                 setattr(told, name, value)
 
 
+class _Gate:
+    """Lets requests go on at once when so many have come; all later ones pass."""
+
+    def __init__(self, number: int) -> None:
+        self.missing = number
+        self.waiting: list[Callable[[], None]] = []
+
+    def come(self, go_on: Callable[[], None]) -> None:
+        self.missing -= 1
+        self.waiting.append(go_on)
+        if self.missing <= 0:
+            while self.waiting:
+                self.waiting.pop()()
+
+
 class _FromClient(asyncio.Protocol):
     """The client's side of a connection: requests go on to S3 at once."""
 
-    def __init__(self, host: str, port: int, behaviour: Behaviour, told: Told) -> None:
+    def __init__(self, host: str, port: int, behaviour: Behaviour, told: Told, gate: _Gate) -> None:
         self.server = (host, port)
-        self.behaviour, self.told = behaviour, told
+        self.behaviour, self.told, self.gate = behaviour, told, gate
+        self.held: list[bytes] | None = None
         self.answers = _FromS3(behaviour.delay)
         self.is_hung = False
 
@@ -102,6 +123,13 @@ class _FromClient(asyncio.Protocol):
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self.held is not None:
+            self.held.append(data)
+            return
+        if data.startswith(b"PUT ") and b"/_delta_log/" in data.partition(b"\r\n")[0]:
+            self.held = [data]
+            self.gate.come(self._go_on)
+            return
         if data.startswith(METHODS) and not self.is_hung:
             self.told.requests += 1
             fate = random.random()
@@ -120,6 +148,11 @@ class _FromClient(asyncio.Protocol):
                 self.answers.delay_next = is_slow and self.behaviour.delay > 0
         if self.answers.transport and not self.is_hung:
             self.answers.transport.write(data)
+
+    def _go_on(self) -> None:
+        assert self.answers.transport is not None
+        self.answers.transport.write(b"".join(self.held or []))
+        self.held = None
 
     def connection_lost(self, _: Exception | None) -> None:
         self.connecting.cancel()
@@ -171,9 +204,11 @@ def _cpu_seconds() -> float:
 
 async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> None:
     random.seed(0)
-    told = Told("")
+    told, gate = Told(""), _Gate(behaviour.together)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _FromClient(host, port, behaviour, told), address, 0)
+    server = await loop.create_server(
+        lambda: _FromClient(host, port, behaviour, told, gate), address, 0
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     before = _cpu_seconds()
     while await asyncio.to_thread(sys.stdin.readline):  # until the starter closes it, or is gone
@@ -184,5 +219,6 @@ async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> No
 
 if __name__ == "__main__":
     where, host, port, *shares, slow_path = sys.argv[1:]
-    behaviour = Behaviour(*map(float, shares), slow_path)
+    *shares, together = map(float, shares)
+    behaviour = Behaviour(*shares, int(together), slow_path)
     asyncio.run(_serve(where, host, int(port), behaviour))

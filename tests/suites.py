@@ -23,25 +23,28 @@ def suite_of(nodeid: str) -> str:
     return "tests/unit" if file.startswith("tests/unit/") else file
 
 
+def scope_of(nodeid: str) -> str:
+    """Return what stays together in one process with a test."""
+    file = nodeid.split("::")[0]
+    folder = file.split("/")[1]
+    if folder in ("s3", "spark", "cli", "browser"):
+        return "loopback"
+    # Its hosts are others: they come up beside those that follow one another.
+    is_apart = file.endswith("hosts/test_machines.py")
+    return folder if folder == "hosts" and not is_apart else file
+
+
 class Scheduling(LoadScopeScheduling):
     """Deal out the tests in the order in which they were collected, in parts that stay together.
 
-    The unit tests come first, file by file, on all processes. Then one of them gets tests/hosts,
-    which takes longest, and another what needs a cluster on loopback, which is thus started once.
-    The files of tests/aws go to whichever has room. Three processes suit two cores: tests/hosts
-    often waits, for a host that is lost or an S3 that hangs.
+    One process gets tests/hosts, which takes from the beginning to the end and often waits, for a
+    host that is lost or an S3 that hangs: so three processes suit two cores. The unit tests come
+    first on the others, file by file. Then one gets what needs a cluster on loopback, which is thus
+    started once; the files of tests/aws go to whichever has room.
     """
 
-    LOOPBACK = ("s3", "spark", "cli", "browser")
-
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        folder = file.split("/")[1]
-        if folder in self.LOOPBACK:
-            return "loopback"
-        # Its hosts are others: they come up beside those that follow one another.
-        is_apart = file.endswith("hosts/test_machines.py")
-        return folder if folder == "hosts" and not is_apart else file
+        return scope_of(nodeid)
 
 
 class Meter:

@@ -15,9 +15,9 @@ from pathlib import Path
 from pipeline.console import ConsoleObserver, observing, out, summary
 from pipeline.local.given import choose_weights, images_named, open_images
 from pipeline.local.place import Place, make_job, open_place
-from pipeline.matrix import RESULT
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import INPUT_SIZE, flatbuffer, identify
+from pipeline.output import RECORD, RESULT
 from pipeline.storage import (
     Address,
     BucketStore,
@@ -114,13 +114,13 @@ def check_target(folder: Path) -> None:
     OutputTakenError
         When it holds anything else, such as the features of a run that was made there.
     """
-    check_replaceable(folder, {*RESULT, "run.json"})
+    check_replaceable(folder, {*RESULT, RECORD})
 
 
 def copy_result(source: Store, folder: Path) -> None:
     """Copy a result (all but the features) to a folder, which appears whole or not at all."""
     with replacing(folder) as fresh:
-        for name in (*RESULT, "run.json"):
+        for name in (*RESULT, RECORD):
             for entry in source.list(name):
                 file = fresh / entry.key
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from pyspark.sql import SparkSession
 
 from pipeline.engine.session import make_session, read_settings
 from pipeline.errors import StateError, StorageError
-from pipeline.job import Job, Observer
+from pipeline.job import Choices, Job
+from pipeline.journal import Observer
 from pipeline.local.loopback import loopback_cluster
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import INPUT_SIZE, Model, find_weights, flatbuffer, identify
@@ -84,12 +85,7 @@ def make_job(
     backbone: str,
     weights: str | None,
     input_size: int = INPUT_SIZE,
-    *,
-    inventory: str | None = None,
-    force: bool = False,
-    allow_removals: bool = False,
-    recompute: bool = False,
-    single_writer: bool = False,
+    choices: Choices = Choices(),  # noqa: B008 - frozen
 ) -> Job:
     """Return the job from IMAGES to OUTPUT by a network and its weights.
 
@@ -108,11 +104,7 @@ def make_job(
         spark=place.spark,
         s3=place.s3,
         observer=observer,
-        force=force,
-        inventory=Address.parse(inventory) if inventory else None,
-        allow_removals=allow_removals,
-        recompute=recompute,
-        single_writer=single_writer,
+        choices=choices,
     )
 
 
@@ -146,9 +138,7 @@ def make_job_of_table(
     observer: Observer,
     output: str,
     backbone: str | None,
-    *,
-    force: bool = False,
-    single_writer: bool = False,
+    choices: Choices,
 ) -> Job:
     """Return the job that goes on from the feature table below OUTPUT.
 
@@ -167,8 +157,7 @@ def make_job_of_table(
         spark=place.spark,
         s3=place.s3,
         observer=observer,
-        force=force,
-        single_writer=single_writer,
+        choices=choices,
     )
 
 

@@ -62,11 +62,19 @@ def chromium(program: str | None = None) -> Iterator[Browser]:
             browser.close()
 
 
-def print_to_pdf(page: Path, target: Path, query: str = "") -> None:
-    """Print an HTML file, in the size that it asks for itself."""
+def print_to_pdf(page: Path, target: Path, query: str, ready: str) -> None:
+    """Print an HTML file, in the size that it asks for itself.
+
+    Parameters
+    ----------
+    query
+        What follows the `?` of its address.
+    ready
+        A condition in JavaScript, true once it may be printed.
+    """
     with chromium() as browser:
         tab = browser.new_page()
         tab.set_default_timeout(MILLISECONDS)
         tab.goto(f"{page.absolute().as_uri()}?{query}", wait_until="load")
-        tab.wait_for_function("!window.Reveal || Reveal.isReady()")
+        tab.wait_for_function(ready)
         tab.pdf(path=target, prefer_css_page_size=True, print_background=True)

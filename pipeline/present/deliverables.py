@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from pipeline.console import observing, out
 from pipeline.errors import DeliverableError
 from pipeline.local.demo import check_target, copy_result, place_with_images
 from pipeline.local.given import images_named, open_images
-from pipeline.matrix import RESULT
+from pipeline.output import RECORD, RESULT
 from pipeline.present.slides import SOURCE, build_presentation
+from pipeline.record import Run
 from pipeline.storage import (
     Address,
     S3Settings,
@@ -145,7 +147,7 @@ def build_deliverables(
         images = fresh / second
         copied = images / "result"
         copy_result(store, copied)
-        run = json.loads((copied / "run.json").read_text())
+        run = Run.from_bytes((copied / RECORD).read_bytes(), f"{store.address}/{RECORD}")
         check_matrix(copied, run)
         manifest = _manifest(copied, run)
         (images / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
@@ -166,7 +168,7 @@ def _absent(name: str, notebook: Path, store: Store) -> Iterator[str]:
             f"the executed notebook: expected it at {notebook}, found none. Make one (make "
             "notebook), or download yours from JupyterLab and name it: NOTEBOOK=file.ipynb"
         )
-    if store.read("run.json") is None:
+    if store.read(RECORD) is None:
         yield (
             f"the result of a run: expected run.json in {store.address}, found none. Name yours: "
             "OUTPUT=s3a://bucket/result"
@@ -186,9 +188,9 @@ def _unfinished(notebook: Path) -> Iterator[str]:
             yield f"a good end of code cell {number} of {notebook}: it failed"
 
 
-def check_matrix(result: Path, run: dict[str, Any]) -> None:
+def check_matrix(result: Path, run: Run) -> None:
     """Make sure that both forms of the matrix have as many rows and components as the run says."""
-    expected = run["counts"]["features"], run["pca"]["k"] + 2
+    expected = run.counts.features, run.pca.k + 2
     tables = {
         "matrix.parquet": pq.read_table(result / "matrix.parquet"),
         "matrix.csv": pyarrow.csv.read_csv(result / "matrix.csv"),
@@ -201,14 +203,14 @@ def check_matrix(result: Path, run: dict[str, Any]) -> None:
             )
 
 
-def _manifest(result: Path, run: dict[str, Any]) -> dict[str, Any]:
+def _manifest(result: Path, run: Run) -> dict[str, Any]:
     files = sorted(file for file in result.rglob("*") if file.is_file())
     return {
-        "run": run["run_id"],
-        "images": run["images"],
-        "matrix": f"{run['output']}/matrix.parquet",
-        "counts": run["counts"],
-        "components": run["pca"]["k"],
+        "run": run.run_id,
+        "images": run.images,
+        "matrix": f"{run.output}/matrix.parquet",
+        "counts": asdict(run.counts),
+        "components": run.pca.k,
         "files": {
             str(file.relative_to(result)): {
                 "bytes": file.stat().st_size,
@@ -219,22 +221,22 @@ def _manifest(result: Path, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _addresses(run: dict[str, Any]) -> str:
+def _addresses(run: Run) -> str:
     return (
         "Les images et la matrice sur S3\n\n"
-        f"images  {run['images']}  ({run['counts']['listed']} listées)\n"
-        f"matrice {run['output']}/matrix.parquet\n"
-        f"        {run['output']}/matrix.csv\n\n"
+        f"images  {run.images}  ({run.counts.listed} listées)\n"
+        f"matrice {run.output}/matrix.parquet\n"
+        f"        {run.output}/matrix.csv\n\n"
         "Ce dossier : result/ est la copie du résultat, manifest.json en donne les comptes et les "
         "sommes sha256.\n"
     )
 
 
-def _weaknesses(run: dict[str, Any]) -> Iterator[str]:
-    if run["cluster"]["master"].startswith("spark://127.0.0.1"):
+def _weaknesses(run: Run) -> Iterator[str]:
+    if run.cluster.master.startswith("spark://127.0.0.1"):
         yield (
             "the run was on this machine's own S3, which is gone: for images and matrix in the "
             "cloud run the notebook on the cluster and give OUTPUT=s3a://your-bucket/notebook"
         )
-    if run["counts"]["quarantined"]:
-        yield f"{run['counts']['quarantined']} images are in quarantine; say why (quarantine.csv)"
+    if run.counts.quarantined:
+        yield f"{run.counts.quarantined} images are in quarantine; say why (quarantine.csv)"

@@ -19,9 +19,7 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 import sphinx_revealjs
-from bs4 import BeautifulSoup
 from markupsafe import Markup
 from matplotlib import style
 from matplotlib.figure import Figure
@@ -29,9 +27,10 @@ from matplotlib.figure import Figure
 from pipeline.errors import StateError
 from pipeline.local.sample import VARIETIES
 from pipeline.networks.catalogue import NETWORKS
-from pipeline.output import Run, read_run
+from pipeline.output import read_run
 from pipeline.present.browser import print_to_pdf
-from pipeline.report.page import (
+from pipeline.record import Run, Speed
+from pipeline.result.page import (
     ACCENT,
     COLOURS,
     INK,
@@ -41,8 +40,10 @@ from pipeline.report.page import (
     REST,
     SOFT,
     Floats,
+    natural,
     outline,
 )
+from pipeline.result.samples import Samples
 from pipeline.storage import Address, S3Settings, Store, open_store
 
 SOURCE = Path(__file__).parents[2] / "notebooks"
@@ -102,7 +103,8 @@ def build_presentation(
     html, pdf = target.with_suffix(".html"), target.with_suffix(".pdf")
     target.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page)
-    print_to_pdf(html, pdf, query="print-pdf")
+    ready = "document.documentElement.dataset.printable === 'yes'"
+    print_to_pdf(html, pdf, query="print-pdf", ready=ready)
     return [html, pdf]
 
 
@@ -116,17 +118,17 @@ def _read_run(store: Store, result: Address) -> Run:
     return run
 
 
-def _page(run: dict[str, Any], store: Store, author: str, credit: str | None) -> str:
-    if not run.get("largest_pass") or not run.get("made"):
+def _page(run: Run, store: Store, author: str, credit: str | None) -> str:
+    if not run.largest_pass or not run.made:
         raise StateError(
             "expected a run that tells how fast its features were computed, found one of an older "
             "version that does not. Run into a new OUTPUT and name that."
         )
-    shares = _variance_ratio(store)
+    shares, samples = _variance_ratio(store), Samples.read(store)
     plots = {
-        "scree": _scree(shares, run["pca"]["k"]),
-        "cloud": _cloud(_scores(store), shares),
-        "stages": _stages(run["made"]["timings"]),
+        "scree": _scree(shares, run.pca.k),
+        "cloud": _cloud(samples.scores, shares),
+        "stages": _stages(run.made.timings),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SOURCE), autoescape=True, undefined=jinja2.StrictUndefined
@@ -138,19 +140,19 @@ def _page(run: dict[str, Any], store: Store, author: str, credit: str | None) ->
         run=run,
         auteur=author,
         credit=_credit(run) if credit is None else credit,
-        reseau=NETWORKS[run["model"]["network"]].title,
-        varieties=_varieties(store),
+        reseau=NETWORKS[run.model.network].title,
+        varieties=_varieties(samples),
         shares=[float(share) for share in shares],
-        scaling=_scaling(run),
+        scaling=_scaling(run, run.largest_pass),
         plot=lambda name: _image(plots[name]),
         drawing=lambda name: _image((SOURCE / f"presentation-{name}.svg").read_bytes()),
     )
     shell = environment.get_template("presentation.html.j2")
-    return shell.render(run_id=run["run_id"], slides=_typeset(slides), **_reveal())
+    return shell.render(run_id=run.run_id, slides=_typeset(slides), **_reveal())
 
 
-def _credit(run: Mapping[str, Any]) -> str:
-    return SAMPLE if run["labels"].keys() <= VARIETIES.keys() else FRUITS_360
+def _credit(run: Run) -> str:
+    return SAMPLE if run.labels.keys() <= VARIETIES.keys() else FRUITS_360
 
 
 def _typeset(text: str) -> Markup:
@@ -180,44 +182,33 @@ def _reveal() -> dict[str, Markup]:
 
 
 def _variance_ratio(store: Store) -> Floats:
-    table = pyarrow.csv.read_csv(io.BytesIO(_content(store, "explained_variance.csv")))
-    ratio: Floats = table["ratio"].to_numpy()
+    content = store.read("explained_variance.csv")
+    if content is None:
+        raise StateError(
+            f"expected explained_variance.csv beside run.json in {store.address}, found none. Run "
+            "the job again."
+        )
+    ratio: Floats = pyarrow.csv.read_csv(io.BytesIO(content))["ratio"].to_numpy()
     return ratio
 
 
-def _scores(store: Store) -> pa.Table:
-    parts = [entry.key for entry in store.list("matrix.parquet/") if entry.key.endswith(".parquet")]
-    tables = [pq.read_table(io.BytesIO(_content(store, part))) for part in parts]
-    whole = pa.concat_tables(tables)
-    axes = [name for name in ("pc_1", "pc_2") if name in whole.column_names]
-    return whole.select(["path", "label", *axes]).sort_by("path")
-
-
-def _varieties(store: Store) -> list[dict[str, Any]]:
-    """Return each variety's name and pictures, as the run's report shows them."""
-    page = BeautifulSoup(_content(store, "report.html"), "html.parser")
+def _varieties(samples: Samples) -> list[dict[str, Any]]:
+    """Return the name and the pictures of each variety that has some, in the report's order."""
     return [
-        {
-            "name": UNLABELLED if article.h3.i else article.h3.get_text(strip=True),
-            "pictures": [Markup(picture["src"]) for picture in article.select("img")],  # noqa: S704
-        }
-        for article in page.select("article.variety")
-        if article.h3 and article.select("img")
+        {"name": name or UNLABELLED, "pictures": [_jpeg(one) for one in samples.pictures[name]]}
+        for name in sorted(samples.pictures, key=natural)
     ]
 
 
-def _content(store: Store, name: str) -> bytes:
-    content = store.read(name)
-    if content is None:
-        raise StateError(f"expected {name} beside run.json, found none. Run the job again.")
-    return content
+def _jpeg(content: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
 
 
-def _scaling(run: Mapping[str, Any]) -> list[list[str]]:
+def _scaling(run: Run, largest: Speed) -> list[list[str]]:
     """Return rows of what grows with the images: its name, today, ten and a hundred times."""
-    images, slots = run["counts"]["listed"], run["largest_pass"]["slots"]
-    dimensions, k = run["model"]["dimensions"], run["pca"]["k"]
-    seconds = images / run["largest_pass"]["images_per_second"]
+    images, slots = run.counts.listed, largest.slots
+    dimensions, k = run.model.dimensions, run.pca.k
+    seconds = images / largest.images_per_second
     times = (1, 10, 100)
     hour = [f"{max(slots, int(np.ceil(slots * seconds * n / 3600)))}" for n in times]
     return [

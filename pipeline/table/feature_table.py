@@ -29,9 +29,10 @@ from pipeline.errors import StateError
 from pipeline.listing.images import LISTING
 from pipeline.networks.model import Model
 from pipeline.pca import Moments, Running, Tally, feature_matrix
+from pipeline.record import Speed
 from pipeline.storage import Address, S3Settings, Store
 from pipeline.table.delta import UPKEEP, Change, Delta, File, Snapshot
-from pipeline.table.parts import Parts, for_each
+from pipeline.table.parts import Parts, for_each, picked
 
 READ, DECODE = "read", "decode"  # the stages at which an image can end in quarantine
 ROWS_PER_FILE = 4096  # 21 MB at 1,280 features
@@ -70,19 +71,6 @@ WRITTEN = pa.schema(
         pa.field("kept_rows", pa.int64()),
     ]
 )
-WRITTEN_SQL = (
-    "path string, size long, rows long, sign long, counted long, quarantined long, "
-    "unreadable long, moments binary, replaces string, kept string, kept_rows long"
-)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast features were computed: so many images in so many seconds by so many tasks."""
-
-    images: int
-    seconds: float
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -200,6 +188,19 @@ class FeatureTable:
         """Return the newest version, None before the first pass."""
         return self.delta.snapshot()
 
+    def newest(self) -> Snapshot:
+        """Return the newest version.
+
+        Raises
+        ------
+        StateError
+            When there is none.
+        """
+        snapshot = self.snapshot()
+        if snapshot is None:
+            raise StateError(f"expected a feature table in {self.delta.address}, found none.")
+        return snapshot
+
     def create(self) -> Snapshot:
         """Make the empty table.
 
@@ -316,7 +317,7 @@ class FeatureTable:
             for file in files:
                 yield from parts.read(file, columns)
 
-        return for_each(spark, list(snapshot.files), rows, sql_schema(columns))
+        return for_each(spark, list(snapshot.files), rows, picked(TABLE, columns))
 
     def features(self, spark: SparkSession, snapshot: Snapshot) -> DataFrame:
         """Return path, label and features (array<float>) of the live rows that have features."""
@@ -327,7 +328,7 @@ class FeatureTable:
                 yield from with_features(parts, file)
 
         columns = ["path", "label", "features"]
-        return for_each(spark, list(snapshot.files), rows, sql_schema(columns))
+        return for_each(spark, list(snapshot.files), rows, picked(TABLE, columns))
 
 
 def _sum_of(content: bytes) -> str:
@@ -361,17 +362,6 @@ def told(sign: int, counted: pa.Table, d: int, **others: str | int | None) -> pa
         **others,
     }
     return pa.RecordBatch.from_pylist([values], schema=WRITTEN)
-
-
-def sql_schema(columns: Sequence[str]) -> str:
-    """Return columns of the table as Spark writes a schema."""
-    types = {
-        pa.string(): "string",
-        pa.int64(): "long",
-        pa.binary(): "binary",
-        pa.list_(pa.float32()): "array<float>",
-    }
-    return ", ".join(f"{name} {types.get(TABLE.field(name).type, 'timestamp')}" for name in columns)
 
 
 def models_in(output: Store) -> list[Model]:

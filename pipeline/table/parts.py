@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.engine.session import task_slots
 from pipeline.storage import Address, FolderStore, S3Settings, s3_client
@@ -143,7 +144,7 @@ def for_each(
     spark: SparkSession,
     items: Sequence[Item],
     do: Callable[[Iterator[Item]], Iterator[pa.RecordBatch]],
-    schema: str,
+    schema: pa.Schema,
 ) -> DataFrame:
     """Return what `do` yields for items, which are dealt out to tasks evenly and in order.
 
@@ -152,7 +153,7 @@ def for_each(
     do
         Called once in each task, with its items.
     schema
-        Of what it yields, as Spark writes it.
+        Of what it yields.
     """
 
     def part(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -160,7 +161,12 @@ def for_each(
         yield from do(items[number] for number in numbers)
 
     tasks = tasks_for(spark, len(items))
-    return spark.range(0, len(items), 1, tasks).mapInArrow(part, schema)
+    return spark.range(0, len(items), 1, tasks).mapInArrow(part, from_arrow_schema(schema))
+
+
+def picked(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
+    """Return some columns of a schema."""
+    return pa.schema([schema.field(name) for name in columns])
 
 
 def tasks_for(spark: SparkSession, items: int) -> int:

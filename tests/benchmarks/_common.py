@@ -14,13 +14,14 @@ from pyspark.sql import SparkSession
 
 from pipeline.engine.session import make_session
 from pipeline.features import Progress
-from pipeline.job import Job, PCAOptions
+from pipeline.job import Job
 from pipeline.listing.images import is_image
 from pipeline.local.given import open_images
 from pipeline.local.loopback import Loopback, loopback_cluster
 from pipeline.local.place import CLUSTERS
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, flatbuffer, identify
+from pipeline.record import PCAOptions
 from pipeline.storage import Address, BucketStore, open_store
 from pipeline.table.feature_table import FeatureTable
 from tests.benchmarks.results import Result

@@ -49,9 +49,12 @@ def measure(_: Setup) -> list[Result]:
 
 
 @contextmanager
-def stand_in(folders: int, seconds_away: float = 0, gone: int = 0) -> Iterator[str]:
-    """Serve the listing of so many folders, without the first `gone` images of each."""
-    options = map(str, (folders, seconds_away, gone))
+def stand_in(folders: int, seconds_away: float = 0, gone: int = 0, more: int = 0) -> Iterator[str]:
+    """Serve the listing of so many folders, without the first `gone` images of each, or with more.
+
+    Of the images themselves there is none.
+    """
+    options = map(str, (folders, seconds_away, gone, more))
     command = [sys.executable, "-m", __name__, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
         assert server.stdout
@@ -84,14 +87,14 @@ def _ours(s3: Any) -> Iterator[str]:
 class _Pages(BaseHTTPRequestHandler):
     """S3's ListObjectsV2 of `folders` times PAGES times KEYS rendered objects below `images/`."""
 
-    folders, seconds_away, gone = FOLDERS, SECONDS_AWAY, 0
+    folders, seconds_away, gone, more = FOLDERS, SECONDS_AWAY, 0, 0
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
 
     def do_GET(self) -> None:
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         if "prefix" not in asked:
-            self.send_error(404)  # of the images themselves there is none
+            self.send_error(404)
             return
         time.sleep(self.seconds_away)
         if "delimiter" in asked:
@@ -120,12 +123,13 @@ class _Pages(BaseHTTPRequestHandler):
         folder = prefix.removeprefix("images/").removesuffix("/")
         pages = PAGES if folder else self.folders * PAGES
         name, page = (folder, number) if folder else (f"{number // PAGES:04}", number % PAGES)
+        last = KEYS + self.more if page + 1 == PAGES else KEYS
         objects = "".join(
             f"<Contents><Key>images/{name}/{NAME.format(page, key).replace(' ', '+')}</Key>"
             "<LastModified>2026-01-31T12:00:00.000Z</LastModified>"
             f"<ETag>&quot;{key:032x}&quot;</ETag><Size>{4000 + key}</Size>"
             "<StorageClass>STANDARD</StorageClass></Contents>"
-            for key in range(0 if page else self.gone, KEYS)
+            for key in range(0 if page else self.gone, last)
         )
         is_last = number + 1 == pages
         more = "" if is_last else f"<NextContinuationToken>{number + 1}</NextContinuationToken>"
@@ -140,8 +144,9 @@ _HEAD = (
 
 
 if __name__ == "__main__":
-    folders, seconds, gone = sys.argv[1:]
-    _Pages.folders, _Pages.seconds_away, _Pages.gone = int(folders), float(seconds), int(gone)
+    folders, seconds, gone, more = sys.argv[1:]
+    _Pages.folders, _Pages.seconds_away = int(folders), float(seconds)
+    _Pages.gone, _Pages.more = int(gone), int(more)
     listening = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
     print(listening.server_address[1], flush=True)
     listening.serve_forever()

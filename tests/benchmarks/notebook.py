@@ -71,7 +71,7 @@ def _job_seconds(place: Place) -> tuple[float, float]:
         began = time.monotonic()
         run = job.run()
         seconds = time.monotonic() - began
-    if run["counts"]["features"] != len(place.files):
+    if run.counts.features != len(place.files):
         raise RuntimeError(f"expected features of {len(place.files)} images: {run['counts']}")
     return seconds, run["timings"]["features"]
 

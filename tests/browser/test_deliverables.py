@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page
 
 from pipeline.errors import DeliverableError, OutputTakenError, StateError
@@ -68,7 +68,7 @@ def test_the_notebook_computes_each_photo_once_and_draws_it(executed: Path) -> N
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 7  # the contact sheet, scree, the plane, four rows of neighbours
     text = "\n".join(str(output.get("text", output.get("data", ""))) for output in outputs)
-    assert "{'computed': 120, 'reused': 0, 'quarantined': 0}" in text
+    assert "120 computed, 0 reused, 0 quarantined" in text
     assert "120 of 120 images" in text
     assert re.search(r"120 rows x \d+ components, 120 in CSV", text)
     assert "MapInPandas" in text
@@ -107,10 +107,11 @@ def test_a_folders_name_is_text_in_the_slides(
 ) -> None:
     copy = tmp_path / "result"
     shutil.copytree(built / f"P8_02_images_{NAME}" / "result", copy)
-    report = BeautifulSoup((copy / "report.html").read_text(), "html.parser")
     evil = '<img src=x onerror="window.taken = 1">'
-    report.select_one("article.variety h3").string = evil
-    (copy / "report.html").write_text(str(report))
+    pictures = copy / "samples" / "pictures.parquet"
+    rows = pq.read_table(pictures)
+    renamed = pc.if_else(pc.equal(rows["label"], rows["label"][0]), evil, rows["label"])
+    pq.write_table(rows.set_column(0, "label", renamed), pictures)
     done = run_fruits(tmp_path, "presentation", "--result", copy, "--output", tmp_path / "slides")
     assert done.returncode == 0, done.stderr
     page = open_file(browser, tmp_path / "slides.html")

@@ -6,8 +6,8 @@ their own can show comes first.
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from pipeline.local.loopback import Loopback
 from pipeline.storage import BucketStore
 from tests.conftest import Fruits
+from tests.records import MODEL, run_of
 
 LITE = ("--backbone", "efficientnet_lite0")
 
@@ -94,12 +95,9 @@ def test_an_output_that_holds_another_run(
 ) -> None:
     output = tmp_path / "output"
     output.mkdir()
-    run = {
-        "images": images or str(fruit_pictures),
-        "model": {"id": model or "any"},
-        "pca": {"requested": {}, "standardize": False},
-    }
-    (output / "run.json").write_text(json.dumps(run))
+    named = replace(MODEL, id=model or "any")
+    run = run_of(images=images or str(fruit_pictures), model=named)
+    (output / "run.json").write_bytes(run.to_bytes())
     one_line_error(fruits_here("run", fruit_pictures, output, *LITE), word, "--force")
     assert [file.name for file in output.iterdir()] == ["run.json"]
 

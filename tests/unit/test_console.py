@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 from rich.progress import Progress as Bars
@@ -9,6 +11,8 @@ from rich.progress import Progress as Bars
 from pipeline import console
 from pipeline.console import STAGES, ConsoleObserver, explain, observing, summary
 from pipeline.features import Progress
+from pipeline.record import Counts, Run
+from tests.records import run_of
 
 PYTHON_WORKER = """An exception was thrown from the Python worker:
 Traceback (most recent call last):
@@ -76,25 +80,26 @@ def test_a_long_cause_is_cut() -> None:
     assert len(explain(ValueError("x" * 10_000))) < 500
 
 
-def run_of(**counts: int) -> dict[str, object]:
-    nothing = dict.fromkeys(("listed", "quarantined", "computed", "reused", "dropped"), 0)
-    return {
-        "counts": nothing | counts,
-        "pca": {"k": 42, "variance": 0.9512},
-        "images_per_second": 123.4 if counts.get("computed") else None,
-        "model": {"id": "mobilenet_v2-224-abc"},
-        "timings": {"total": 61.26},
-    }
+def run_with(**counts: int) -> Run:
+    run = run_of(images_per_second=123.4 if counts.get("computed") else None)
+    nothing = Counts(0, 0, 0, 0, 0, 0, 0)
+    return replace(
+        run,
+        counts=replace(nothing, **counts),
+        pca=replace(run.pca, k=42, variance=0.9512),
+        model=replace(run.model, id="mobilenet_v2-224-abc"),
+        timings={"total": 61.26},
+    )
 
 
-def printed(run: dict[str, object], where: str = "s3a://fruits/out") -> str:
+def printed(run: Run, where: str = "s3a://fruits/out") -> str:
     page = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     page.print(summary(run, where))
     return page.export_text()
 
 
 def test_the_summary_gives_the_figures_of_a_run() -> None:
-    text = printed(run_of(listed=12_345, quarantined=5, computed=12_000, reused=345))
+    text = printed(run_with(listed=12_345, quarantined=5, computed=12_000, reused=345))
     for line in (
         "12,345 listed, 5 quarantined",
         "12,000 computed, 345 reused, 123 images/s",
@@ -108,7 +113,7 @@ def test_the_summary_gives_the_figures_of_a_run() -> None:
 
 
 def test_the_summary_tells_dropped_images_and_no_speed_where_nothing_was_computed() -> None:
-    text = printed(run_of(listed=10, reused=10, dropped=3))
+    text = printed(run_with(listed=10, reused=10, dropped=3))
     assert "0 computed, 10 reused, 3 dropped (gone since the last run)" in text
     assert "images/s" not in text
 

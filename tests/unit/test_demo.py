@@ -13,8 +13,8 @@ from pipeline.errors import NoImagesError, OutputTakenError, WeightsError
 from pipeline.local.demo import check_target, copy_result
 from pipeline.local.given import choose_weights, open_images, weights_file
 from pipeline.local.sample import VARIETIES
-from pipeline.matrix import RESULT
 from pipeline.networks.catalogue import NETWORKS
+from pipeline.output import RESULT
 from pipeline.storage import Address, FolderStore
 
 
@@ -237,12 +237,15 @@ def test_a_run_that_was_made_there_keeps_its_features(tmp_path: Path) -> None:
         check_target(tmp_path)
 
 
+FOLDERS = ("matrix.parquet", "model", "samples")
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> FolderStore:
     """A whole result, with the features that stay where they are."""
     store = FolderStore(Address.parse(str(tmp_path / "source")))
     for name in RESULT:
-        key = f"{name}/part" if name in ("matrix.parquet", "model") else name
+        key = f"{name}/part" if name in FOLDERS else name
         store.write(key, name.encode())
     store.write("run.json", b"{}")
     store.write("features/m/model.json", b"")
@@ -250,9 +253,10 @@ def source(tmp_path: Path) -> FolderStore:
 
 
 WHOLE = {
-    **{name: name.encode() for name in RESULT if name not in ("matrix.parquet", "model")},
+    **{name: name.encode() for name in RESULT if name not in FOLDERS},
     "matrix.parquet/part": b"matrix.parquet",
     "model/part": b"model",
+    "samples/part": b"samples",
     "run.json": b"{}",
 }
 

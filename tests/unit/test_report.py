@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib as mpl
@@ -11,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.report import page as report
-from pipeline.report.page import render_report
+from pipeline.record import PCAOptions
+from pipeline.result import page as report
+from pipeline.result.page import render_report
+from pipeline.result.samples import Samples
+from tests.records import run_of
 
 VOID = {"meta", "link", "img", "br"}
 EVIL = '<b onclick="x()">&"\'</b></svg><script>alert(1)</script> $\\frac{$ {{ 7 * 7 }}'
@@ -76,56 +80,11 @@ def quarantine_of(*rows):
     return pa.table({n: pa.array([r[i] for r in rows], pa.string()) for i, n in enumerate(names)})
 
 
-def run_of(rows=20, k=2, quarantined=0, **changes):
-    return {
-        "run_id": "20261123T014700Z-ab12cd",
-        "started": "2026-11-23T01:47:00Z",
-        "finished": "2026-11-23T01:48:12Z",
-        "images": "s3a://fruits/images",
-        "output": "s3a://fruits/result",
-        "counts": {
-            "listed": rows + quarantined,
-            "features": rows,
-            "quarantined": quarantined,
-            "computed": rows + quarantined,
-            "reused": 0,
-            "dropped": 0,
-            "ignored": 1,
-        },
-        "labels": {},
-        "model": {
-            "id": "mobilenet_v2-224-scaled-e67de524",
-            "network": "mobilenet_v2",
-            "input_size": 224,
-            "preprocessing": "x / 127.5 - 1",
-            "weights": "weights.h5",
-            "weights_sha256": "e67de524" * 8,
-            "dimensions": 1280,
-        },
-        "pca": {
-            "k": k,
-            "variance": 0.9502,
-            "requested": {"components": None, "variance": 0.95},
-            "standardize": False,
-            "rows": rows,
-            "fit": "full",
-            "rows_read": rows,
-        },
-        "timings": {"list": 0.8, "features": 66.2, "pca": 4.0, "total": 72.0},
-        "images_per_second": 270.1,
-        "versions": {"fruits": "0.1.0", "spark": "4.3.0"},
-        "cluster": {"master": "spark://127.0.0.1:7077", "application": "app-1", "slots": 2},
-        **changes,
-    }
-
-
 def page_of(labels=("Kiwi 1", "Plum 2") * 10, k=2, quarantine=(), thumbnails=None, **changes):
     run = run_of(len(labels), k, len(quarantine), **changes)
     ratio = np.array([0.6, 0.25, 0.1, 0.05])
-    thumbnails = thumbnails or {}
-    return Page(
-        render_report(run, scores_of(labels, k), ratio, quarantine_of(*quarantine), thumbnails)
-    )
+    samples = Samples(scores_of(labels, k), thumbnails or {})
+    return Page(render_report(run, samples, ratio, quarantine_of(*quarantine)))
 
 
 def names_of(page):
@@ -249,9 +208,8 @@ def test_one_component_is_drawn_as_one_line_for_each_variety():
 def test_a_handful_of_images_is_enough(rows):
     ratio = np.array([0.7, 0.3])[: rows - 1]
     k = len(ratio)
-    page = Page(
-        render_report(run_of(rows, k), scores_of(["Kiwi"] * rows, k), ratio, quarantine_of(), {})
-    )
+    samples = Samples(scores_of(["Kiwi"] * rows, k), {})
+    page = Page(render_report(run_of(rows, k), samples, ratio, quarantine_of()))
     assert f"{rows} images of 1 variety in" in page.headings[0]
 
 
@@ -260,7 +218,8 @@ def test_images_that_all_look_the_same_can_be_drawn():
     for name in ("pc_1", "pc_2"):
         index = scores.column_names.index(name)
         scores = scores.set_column(index, name, pa.array([0.0] * 5))
-    page = Page(render_report(run_of(5), scores, np.array([0.6, 0.4]), quarantine_of(), {}))
+    samples = Samples(scores, {})
+    page = Page(render_report(run_of(5), samples, np.array([0.6, 0.4]), quarantine_of()))
     drawn = [a[name] for _, a in page.elements for name in ("d", "style") if name in a]
     assert drawn
     assert not [text for text in drawn if "nan" in text or "inf" in text]
@@ -324,7 +283,7 @@ def test_a_long_quarantine_is_grouped_and_cut():
 
 
 def test_an_image_that_is_neither_described_nor_quarantined_is_reported():
-    counts = run_of()["counts"] | {"listed": 23}
+    counts = replace(run_of().counts, listed=23)
     assert "+ 3 unaccounted for" in page_of(counts=counts).text
 
 
@@ -362,7 +321,7 @@ def test_a_run_that_computed_nothing_has_no_rate():
 
 
 def test_a_number_of_components_can_be_asked_for():
-    pca = run_of()["pca"] | {"requested": {"components": 2, "variance": None}}
+    pca = replace(run_of().pca, requested=PCAOptions(2, None))
     assert "asked for 2 components" in page_of(pca=pca).text
 
 

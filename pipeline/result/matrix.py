@@ -19,8 +19,9 @@ import pyarrow.csv as pv
 from pyspark import TaskContext
 from pyspark.core.broadcast import Broadcast
 from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipeline.errors import StateError
+from pipeline.output import NEXT
 from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
 from pipeline.table.delta import Snapshot
@@ -29,17 +30,8 @@ from pipeline.table.parts import Parts, for_each
 
 BYTES_OF_NUMBER, BYTES_OF_PATH = 19, 60  # about, in the CSV
 BYTES_OF_RANGE = 32 << 20
+PART = pa.schema([("part", pa.string()), ("size", pa.int64())])
 MOST_RANGES = 9_000  # an object of S3 is joined of 10,000 parts at most
-
-NEXT = "_next"  # where a result is prepared
-RESULT = (
-    "matrix.parquet",
-    "matrix.csv",
-    "explained_variance.csv",
-    "model",
-    "quarantine.csv",
-    "report.html",
-)
 
 
 def write_matrix(
@@ -53,18 +45,20 @@ def write_matrix(
         The projection; the matrix gets columns path, label, pc_1 .. pc_k (double).
     """
     names = [f"pc_{number}" for number in range(1, pca.k + 1)]
-    schema = ", ".join(["path string", "label string", *(f"{name} double" for name in names)])
+    schema = pa.schema(
+        [("path", pa.string()), ("label", pa.string()), *((name, pa.float64()) for name in names)]
+    )
     folder = output.address / NEXT
     model = spark.sparkContext.broadcast(pca.to_bytes())
     project = Project(table.parts, model, names)
     rows = for_each(spark, list(snapshot.files), project, schema)
     rows.write.mode("overwrite").parquet((folder / "matrix.parquet").uri)
-    matrix = spark.read.schema(schema).parquet((folder / "matrix.parquet").uri)
+    matrix = spark.read.schema(rows.schema).parquet((folder / "matrix.parquet").uri)
     ranges = ranges_of(snapshot.rows, pca.k)
     in_ranges = matrix.repartitionByRange(ranges, "path") if ranges > 1 else matrix.repartition(1)
     csv = f"csv-{uuid.uuid4().hex}"
     write = WriteRange(table.parts.beside(folder / csv), ["path", "label", *names])
-    told = in_ranges.sortWithinPartitions("path").mapInArrow(write, "part string, size long")
+    told = in_ranges.sortWithinPartitions("path").mapInArrow(write, from_arrow_schema(PART))
     parts = sorted((row["part"], row["size"]) for row in told.collect())
     output.join([(f"{NEXT}/{csv}/{part}", size) for part, size in parts], f"{NEXT}/matrix.csv")
     output.delete(f"{NEXT}/{csv}")
@@ -94,7 +88,7 @@ class WriteRange:
             pv.write_csv(batch, content, as_needed)
         part = f"{number:06d}.csv"
         self.parts.put(part, content)
-        yield pa.RecordBatch.from_pydict({"part": [part], "size": [content.tell()]})
+        yield pa.RecordBatch.from_pydict({"part": [part], "size": [content.tell()]}, PART)
 
 
 @dataclass(frozen=True)
@@ -140,30 +134,3 @@ def write_csv(file: TextIO, header: list[str], rows: Iterable[list[Any]]) -> Non
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-
-
-def publish(output: Store, run: bytes) -> None:
-    """Move what was prepared to its place; `run.json` goes first and comes back last.
-
-    Whoever reads an OUTPUT that has a run.json reads one whole result. A run that dies in between
-    leaves none, and the next one makes the result again from the features, which are kept.
-
-    Raises
-    ------
-    StateError
-        When a part is not there: another run has used the same OUTPUT meanwhile.
-    """
-    prepared = {name: [entry.key for entry in output.list(f"{NEXT}/{name}")] for name in RESULT}
-    for name, keys in prepared.items():
-        if not keys:
-            raise StateError(
-                f"expected {name} in {output.address / NEXT}, found it gone: another run writes to "
-                "this OUTPUT. Run again, one run at a time, or name another OUTPUT."
-            )
-    output.delete("run.json")
-    for name, keys in prepared.items():
-        output.delete(name)
-        for key in sorted(keys, key=lambda key: key.endswith("/_SUCCESS")):  # true once it is there
-            output.move(key, key.removeprefix(f"{NEXT}/"))
-    output.delete(NEXT)
-    output.write("run.json", run)

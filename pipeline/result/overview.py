@@ -1,17 +1,25 @@
-"""What people look at: how many images a label has and some of them, and what is in quarantine."""
+"""A result seen from afar: labels and how many images each has, pictures, points, quarantine.
+
+Spark chooses what is shown; of very many images it is a sample.
+"""
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from PIL import Image
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as sf
 
+from pipeline.networks.decode import BadImageError, decode
+from pipeline.storage import Address, ImageReader
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import DECODER, READ, RUNTIME, FeatureTable
 from pipeline.table.parts import for_each
@@ -19,6 +27,8 @@ from pipeline.table.parts import for_each
 EXAMPLES_PER_LABEL, LABELS_SHOWN = 12, 60
 COLUMNS = ["path", "label", "stage", "decoder", "runtime"]
 MOST_LABELS = 10_000  # folders, not images: where each has its own, the largest are told
+SCORES_SHOWN = 20_000
+PICTURE_SIZE = 100  # pixels
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,13 @@ def look_at(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Ove
                 labels = _Labels()
         yield labels.told()
 
-    schema = (
-        "label string, count long, others long, examples array<struct<number:long,path:string>>"
+    over_all = Observation()
+    each = for_each(spark, list(snapshot.files), counted, _Labels.SCHEMA).observe(
+        over_all, sf.sum("others").alias("others")
     )
-    each = for_each(spark, list(snapshot.files), counted, schema)
     all_examples = sf.array_sort(sf.flatten(sf.collect_list("examples")))
     grouped = each.groupBy("label").agg(
         sf.sum("count").alias("count"),
-        sf.sum("others").alias("others"),
         sf.slice(all_examples, 1, EXAMPLES_PER_LABEL).alias("examples"),
     )
     rows = grouped.orderBy(sf.desc("count"), "label").limit(MOST_LABELS).collect()
@@ -70,9 +79,7 @@ def look_at(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Ove
         for row in rows
         if row["count"]
     ]
-    return Overview(
-        sorted(labels, key=lambda label: label.name), sum(row["others"] for row in rows)
-    )
+    return Overview(sorted(labels, key=lambda label: label.name), over_all.get["others"] or 0)
 
 
 class _Labels:
@@ -120,6 +127,35 @@ class _Labels:
     def _few(self, label: str) -> list[dict[str, Any]]:
         few = sorted(self.examples.get(label, []))[:EXAMPLES_PER_LABEL]
         return [{"number": number, "path": path} for number, path in few]
+
+
+def pictures_of(labels: Sequence[Label], reader: ImageReader) -> dict[str, list[bytes]]:
+    """Read a few images of each label as small JPEGs."""
+    read = reader.open()
+
+    def picture(path: str) -> bytes | None:
+        try:
+            pixels = decode(read(path)[0], PICTURE_SIZE)
+        except (OSError, ValueError, BadImageError):
+            return None  # gone since: its neighbours are shown
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "JPEG", quality=82)
+        return content.getvalue()
+
+    pictures = {}
+    with ThreadPoolExecutor(16) as pool:
+        for label in labels[:LABELS_SHOWN]:
+            pictures[label.name] = [made for made in pool.map(picture, label.examples) if made]
+    return pictures
+
+
+def points_of(spark: SparkSession, matrix: Address, rows: int, k: int) -> pa.Table:
+    """Return path, label and the first two scores of some 20,000 of the matrix's rows, by path."""
+    frame = spark.read.parquet(matrix.uri)
+    one_in = -(-rows // SCORES_SHOWN)
+    if one_in > 1:
+        frame = frame.where(sf.pmod(sf.xxhash64("path"), sf.lit(one_in)) == 0)
+    return frame.select("path", "label", *["pc_1", "pc_2"][:k]).toArrow().sort_by("path")
 
 
 def quarantine(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> DataFrame:

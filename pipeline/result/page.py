@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,6 +24,9 @@ from markupsafe import Markup
 from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from pipeline.record import Run
+from pipeline.result.samples import Samples
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -76,50 +79,43 @@ STYLE: dict[str, Any] = {
 }
 
 
-def render_report(
-    run: Mapping[str, Any],
-    scores: pa.Table,
-    variance_ratio: Floats,
-    quarantine: pa.Table,
-    thumbnails: Mapping[str, Sequence[bytes]],
-) -> str:
+def render_report(run: Run, samples: Samples, variance_ratio: Floats, quarantine: pa.Table) -> str:
     """Render the page of one run.
 
     Parameters
     ----------
-    run : mapping
-        The content of ``run.json``.
-    scores : pyarrow.Table
-        One row per image, or a sample of them: ``path``, ``label`` (null where there is none),
-        ``pc_1`` to ``pc_k``. Beyond ``MAX_POINTS`` rows a seeded sample is drawn; the page says so.
+    run : Run
+        The record of the run.
+    samples : Samples
+        Scores of images, and pictures. Beyond ``MAX_POINTS`` scores a seeded sample is drawn; the
+        page says so.
     variance_ratio : ndarray of shape (components,)
         Share of the variance of every component, kept or not, largest first.
     quarantine : pyarrow.Table
         One row per image that has no features, or the first of them: ``path``, ``stage``,
         ``reason``.
-    thumbnails : mapping of str to sequence of bytes
-        JPEG pictures by label; those of images without a label under ``""``.
 
     Returns
     -------
     str
         A complete HTML document. It is a pure function of the arguments.
     """
-    plane = _plane(scores, run["labels"])
+    plane = _plane(samples.scores, run.labels)
     with style.context(["default", STYLE]):  # not what the notebook around us has set
-        scree = _svg(_scree(variance_ratio, run["pca"]["k"]), "scree")
+        scree = _svg(_scree(variance_ratio, run.pca.k), "scree")
         cloud = _svg(_cloud(plane, variance_ratio), "cloud")
     return _page().render(
         run=run,
+        told=asdict(run),
         plane=plane,
         scree=scree,
         cloud=cloud,
         everything=_dots(plane, np.arange(len(plane.x)), MAP_POINTS),
-        varieties=_varieties(plane, thumbnails),
+        varieties=_varieties(plane, samples.pictures),
         marks=len(COLOURS) * len(OUTLINES),
         milestones=_milestones(variance_ratio),
-        quarantine=_quarantine(quarantine, run["images"], run["counts"]["quarantined"]),
-        stages=_stages(run["timings"]),
+        quarantine=_quarantine(quarantine, run.images, run.counts.quarantined),
+        stages=_stages(run.timings),
     )
 
 
@@ -160,7 +156,7 @@ def _plane(scores: pa.Table, images: Mapping[str, int]) -> Plane:
     `images` has for each label how many images there are: the scores may be a sample of them.
     """
     labels = [label or "" for label in scores["label"].to_pylist()]
-    names = sorted(set(labels), key=_natural)
+    names = sorted(set(labels), key=natural)
     position = {name: i for i, name in enumerate(names)}
     variety = np.array([position[label] for label in labels], dtype=np.intp)
     drawn_of = np.bincount(variety, minlength=len(names)).tolist()
@@ -186,7 +182,7 @@ def _plane(scores: pa.Table, images: Mapping[str, int]) -> Plane:
     return Plane(x, y, variety, names, counts, window, flat)
 
 
-def _natural(name: str) -> tuple[bool, list[str | int], str]:
+def natural(name: str) -> tuple[bool, list[str | int], str]:
     """Order names as people do, "Apple 6" before "Apple 10", and no name at the end."""
     parts = re.split(r"(\d+)", name.casefold())
     return not name, [int(part) if i % 2 else part for i, part in enumerate(parts)], name
@@ -408,7 +404,7 @@ def _stages(timings: Mapping[str, float]) -> list[tuple[str, float, float, float
 def _page() -> jinja2.Template:
     """Template of the page; whatever it is given is escaped unless it is markup of our own."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.report", ""),
+        loader=jinja2.PackageLoader("pipeline.result", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

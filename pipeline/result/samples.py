@@ -1,0 +1,72 @@
+"""What a result keeps for people to look at: report and slides draw it.
+
+samples/scores.parquet     images as points: path, label, pc_1, pc_2; a sample of very many
+samples/pictures.parquet   label and a small JPEG, a few of each label
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StateError
+from pipeline.storage import Store
+
+SCORES, PICTURES = "samples/scores.parquet", "samples/pictures.parquet"
+PICTURE = pa.schema([("label", pa.string()), ("jpeg", pa.binary())])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Scores of images, and pictures.
+
+    Attributes
+    ----------
+    scores
+        path, label (null where there is none), pc_1 and, of more than one component, pc_2.
+    pictures
+        JPEGs by label; those of images without a label under "".
+    """
+
+    scores: pa.Table
+    pictures: dict[str, list[bytes]]
+
+    def write(self, store: Store, prefix: str = "") -> None:
+        """Write both files below a prefix of a store."""
+        rows = [
+            {"label": label, "jpeg": jpeg}
+            for label, jpegs in self.pictures.items()
+            for jpeg in jpegs
+        ]
+        pictures = pa.Table.from_pylist(rows, PICTURE)
+        for name, table in ((SCORES, self.scores), (PICTURES, pictures)):
+            content = io.BytesIO()
+            pq.write_table(table, content)
+            store.write(f"{prefix}{name}", content.getvalue())
+
+    @classmethod
+    def read(cls, store: Store) -> Samples:
+        """Read those of a result.
+
+        Raises
+        ------
+        StateError
+            When it has none.
+        """
+        scores, kept = (_table(store, name) for name in (SCORES, PICTURES))
+        pictures: dict[str, list[bytes]] = {}
+        for row in kept.to_pylist():
+            pictures.setdefault(row["label"], []).append(row["jpeg"])
+        return cls(scores, pictures)
+
+
+def _table(store: Store, name: str) -> pa.Table:
+    content = store.read(name)
+    if content is None:
+        raise StateError(
+            f"expected {name} beside run.json in {store.address}, found none. Run the job again."
+        )
+    return pq.read_table(io.BytesIO(content))
