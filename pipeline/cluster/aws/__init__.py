@@ -1,0 +1,1 @@
+"""What the playbooks ask of AWS: a file for each thing that is looked at; `cluster/ec2.py` asks."""
