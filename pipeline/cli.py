@@ -13,7 +13,7 @@ import typer
 from pipeline import __version__
 from pipeline.console import err, explain, observing, out, summary
 from pipeline.engine.session import read_settings
-from pipeline.errors import FruitsError, StorageError
+from pipeline.errors import FruitsError, NoImagesError, PCAError, StorageError
 from pipeline.job import Choices
 from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
@@ -214,13 +214,17 @@ def forget(
         choices = Choices(single_writer=single_writer)
         job = make_job_of_table(place, observer, output, backbone, choices)
         receipt = job.forget(paths)
-    out.print(
-        f"{receipt.images:,} images forgotten, {receipt.had_rows:,} of them had a row; "
-        f"{receipt.files_deleted:,} files and {receipt.states_deleted:,} states deleted.\n"
-        + (f"The bucket still keeps {receipt.remains}.\n" if receipt.remains else "")
-        + f"The receipt is in {output}/features; this key, shown once, proves whose it is:\n"
-        f"{receipt.key}"
-    )
+        out.print(
+            f"{receipt.images:,} images forgotten, {receipt.had_rows:,} of them had a row; "
+            f"{receipt.files_deleted:,} files and {receipt.states_deleted:,} states deleted.\n"
+            + (f"The bucket still keeps {receipt.remains}.\n" if receipt.remains else "")
+            + f"The receipt is in {output}/features; this key, shown once, proves whose it is:\n"
+            f"{receipt.key}"
+        )
+        try:
+            out.print(summary(job.fit(), output))
+        except (NoImagesError, PCAError) as error:
+            out.print(f"There is no result any more: {error}")
 
 
 @app.command()

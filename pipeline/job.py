@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from pyspark.sql import SparkSession
 
-from pipeline.errors import FruitsError, NoImagesError, PCAError, StateError
+from pipeline.errors import NoImagesError, PCAError, StateError
 from pipeline.features import Pass, compute_features, count, nothing_to_compute, pass_of, recount
 from pipeline.forget import Receipt, erase, remove_rows
 from pipeline.journal import Journal, Observer, now
@@ -28,6 +28,7 @@ from pipeline.output import (
     check_exclusive_writes,
     check_output,
     check_run,
+    is_whole,
     publish,
 )
 from pipeline.pca import PCA
@@ -134,15 +135,17 @@ class Job:
                 f"expected a complete feature table of {self.model.id} in {self.output}, found "
                 f"none. Compute it: fruits features IMAGES {self.output}"
             )
+        with self.journal.stage("spark"):
+            spark = self.spark()
         known = self.table.known(snapshot)
-        done = pass_of(snapshot, known or count(self.spark(), self.table, snapshot), last)
+        done = pass_of(snapshot, known or count(spark, self.table, snapshot), last)
         self._check_components(done.known.rows)
         return self._published(replace(done, recounted=known is None))
 
     def forget(self, paths: Sequence[str]) -> Receipt:
-        """Remove images that are deleted from features and result, and all traces of them.
+        """Remove images that are deleted from the features, and all traces of them.
 
-        The result is made anew as the last run was asked for it.
+        The result that names them goes, too; `fit` makes it anew, as the last run was asked for it.
 
         Raises
         ------
@@ -156,15 +159,9 @@ class Job:
         images = open_store(self.images, self.s3)
         with self.journal.stage("features"), self._workplace(Listing((), 0, "")) as work:
             had_rows = remove_rows(self.spark(), self.table, images, paths, work)
-        receipt = erase(self.table, paths, had_rows, self.journal.run_id)
-        try:
-            self.fit()
-        except FruitsError:
-            # No result can be made of what is left: the one that names the images goes, too.
-            for name in (RECORD, *RESULT, NEXT):
-                self.store.delete(name)
-            raise
-        return receipt
+        for name in (RECORD, *RESULT, NEXT):
+            self.store.delete(name)
+        return erase(self.table, paths, had_rows, self.journal.run_id)
 
     def _check_output(self) -> Run | None:
         return check_output(self.images, self.model, self.store, force=self.choices.force)
@@ -201,7 +198,7 @@ class Job:
         """Return the previous run, recounted, if this one would only repeat it."""
         if previous is None or previous.format != FORMAT or self.choices.recompute:
             return None
-        if previous.pca.requested != self.pca:
+        if previous.pca.requested != self.pca or not is_whole(self.store):
             return None
         found = nothing_to_compute(self.table, base, listing, self.reader)
         if found is None or found.snapshot.state != previous.pca.state:
@@ -279,6 +276,8 @@ class Job:
         return run
 
     def _why_none(self, done: Pass) -> str:
+        if not done.known.rows:
+            return f"no image is left in the feature table of {self.output}. Add some, run again."
         first = quarantine(self.spark(), self.table, done.snapshot).limit(1).collect()[0]
         return (
             f"none of {done.known.rows} images gave features; the first, {first['path']}: "

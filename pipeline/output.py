@@ -24,7 +24,7 @@ RESULT = (
     "explained_variance.csv",
     "model",
     "quarantine.csv",
-    "samples",
+    "report-data",
     "report.html",
 )
 NEXT = "_next"
@@ -141,6 +141,11 @@ def _foreign_content(output: Store, model_id: str) -> str | None:
         elif top not in {*RESULT, NEXT, WORK, RECORD}:
             return f"something else ({entry.key})"
     return None
+
+
+def is_whole(output: Store) -> bool:
+    """Tell whether every part of a result is there."""
+    return all(any(output.list(name)) for name in RESULT)
 
 
 def publish(output: Store, run: Run) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import StateError
 from pipeline.networks.model import Model
 
-FORMAT = 2  # 1 had no number, no samples beside it, and `standardize` apart from what was asked
+FORMAT = 2  # 1 had no number, no report-data/, and `standardize` apart from what was asked
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class PCAOptions:
     components: int | None = None
     variance: float | None = 0.95
     standardize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.components is not None:
+            object.__setattr__(self, "variance", None)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Run:
     images, output
         Their addresses.
     labels
-        Images with features by label.
+        Images with features by label; of the largest labels, where there are very many.
     images_per_second
         While features were computed; None where none were.
     largest_pass
@@ -184,8 +188,10 @@ class Run:
 
 def _run_of(told: dict[str, Any]) -> Run:
     fit, speed, made = told["pca"], told.get("largest_pass"), told.get("made")
-    if "standardize" in fit:  # format 1
+    if told.setdefault("format", 1) == 1:
         fit["requested"]["standardize"] = fit.pop("standardize")
+        fit.pop("digest", None)
+        told.pop("last_pass", None)
         if speed:
             del speed["images_per_second"]
     read = {
@@ -196,4 +202,4 @@ def _run_of(told: dict[str, Any]) -> Run:
         "made": Made(**made) if made else None,
         "cluster": Cluster(**told["cluster"]),
     }
-    return Run(**{"format": 1, **told, **read})
+    return Run(**{**told, **read})

@@ -83,7 +83,7 @@ def s3_proxy(endpoint: str, behaviour: Behaviour, address: str = "127.0.0.1") ->
 
 
 class _Gate:
-    """Lets requests go on at once when so many have come; all later ones pass."""
+    """Holds requests until so many have come, and lets them go on at once."""
 
     def __init__(self, number: int) -> None:
         self.missing = number
@@ -126,7 +126,8 @@ class _FromClient(asyncio.Protocol):
         if self.held is not None:
             self.held.append(data)
             return
-        if data.startswith(b"PUT ") and b"/_delta_log/" in data.partition(b"\r\n")[0]:
+        is_commit = data.startswith(b"PUT ") and b"/_delta_log/" in data.partition(b"\r\n")[0]
+        if is_commit and self.gate.missing > 0:
             self.held = [data]
             self.gate.come(self._go_on)
             return

@@ -65,14 +65,14 @@ def look_at(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Ove
         yield labels.told()
 
     over_all = Observation()
-    each = for_each(spark, list(snapshot.files), counted, _Labels.SCHEMA).observe(
-        over_all, sf.sum("others").alias("others")
-    )
+    each = for_each(spark, list(snapshot.files), counted, _Labels.SCHEMA)
     all_examples = sf.array_sort(sf.flatten(sf.collect_list("examples")))
     grouped = each.groupBy("label").agg(
         sf.sum("count").alias("count"),
+        sf.sum("others").alias("others"),
         sf.slice(all_examples, 1, EXAMPLES_PER_LABEL).alias("examples"),
     )
+    grouped = grouped.observe(over_all, sf.sum("others").alias("others"))
     rows = grouped.orderBy(sf.desc("count"), "label").limit(MOST_LABELS).collect()
     labels = [
         Label(row["label"], row["count"], sorted(one["path"] for one in row["examples"]))

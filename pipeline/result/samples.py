@@ -1,7 +1,9 @@
-"""What a result keeps for people to look at: report and slides draw it.
+"""What a result keeps for people to look at.
 
-samples/scores.parquet     images as points: path, label, pc_1, pc_2; a sample of very many
-samples/pictures.parquet   label and a small JPEG, a few of each label
+    report-data/scores.parquet     images as points: path, label, pc_1, pc_2; a sample of very many
+    report-data/pictures.parquet   label and a small JPEG, a few of each label
+
+Report and slides are drawn from them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StateError
 from pipeline.storage import Store
 
-SCORES, PICTURES = "samples/scores.parquet", "samples/pictures.parquet"
+SCORES, PICTURES = "report-data/scores.parquet", "report-data/pictures.parquet"
 PICTURE = pa.schema([("label", pa.string()), ("jpeg", pa.binary())])
 
 

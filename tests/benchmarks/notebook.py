@@ -72,8 +72,8 @@ def _job_seconds(place: Place) -> tuple[float, float]:
         run = job.run()
         seconds = time.monotonic() - began
     if run.counts.features != len(place.files):
-        raise RuntimeError(f"expected features of {len(place.files)} images: {run['counts']}")
-    return seconds, run["timings"]["features"]
+        raise RuntimeError(f"expected features of {len(place.files)} images: {run.counts}")
+    return seconds, run.timings["features"]
 
 
 def _notebook_seconds(place: Place, way: str) -> dict[str, float]:

@@ -3,9 +3,10 @@
 A stand-in lists them, rendered; the feature table is written directly, with 64 features an image
 (the driver never sees them). Then the whole job runs: listing, comparison, PCA, matrix of two
 components, report. `driver_memory_4m_over_1m` is the largest resident memory of the driver, its
-Java included, at four million over that at one million. One image of each of the first runs' is
-then gone: `one_gone_pca_seconds` and `one_gone_seconds` are the PCA's and the whole run's time. At
-last one in a hundred is new, none of which can be read: `grown_seconds` is the run without matrix.
+Java included, at four million over that at one million. At one million, one image of each folder
+is then gone: `one_gone_1m_pca_seconds` and `one_gone_1m_seconds` are the time of the PCA and of the
+whole run. At last one in a hundred is new, and none of these can be read: `grown_1m_seconds` is the
+run but for its matrix.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_a_folders_name_is_text_in_the_slides(
     copy = tmp_path / "result"
     shutil.copytree(built / f"P8_02_images_{NAME}" / "result", copy)
     evil = '<img src=x onerror="window.taken = 1">'
-    pictures = copy / "samples" / "pictures.parquet"
+    pictures = copy / "report-data" / "pictures.parquet"
     rows = pq.read_table(pictures)
     renamed = pc.if_else(pc.equal(rows["label"], rows["label"][0]), evil, rows["label"])
     pq.write_table(rows.set_column(0, "label", renamed), pictures)

@@ -20,11 +20,17 @@ from tests.cli.test_messages import one_line_error
 from tests.conftest import Fruits
 from tests.corpus import bad_images
 
+POINTS = ("scores", "pictures")
 SMALL = ("--backbone", "efficientnet_lite0", "--input-size", "96")
 
 
 def run_json(output: Path) -> dict:
     return json.loads((output / "run.json").read_text())
+
+
+def pictures_of(output: Path, label: str) -> set[bytes]:
+    rows = pq.read_table(output / "report-data" / "pictures.parquet").to_pylist()
+    return {row["jpeg"] for row in rows if row["label"] == label}
 
 
 def scores(output: Path) -> tuple[list[str], np.ndarray]:
@@ -88,6 +94,9 @@ def test_the_whole_job_writes_all_that_it_promises(
     assert sum(row["kept"] == "True" for row in variance) == 5
     assert float(variance[-1]["cumulative"]) == pytest.approx(1)
     assert "<svg" in (output / "report.html").read_text()
+    data = {name: pq.read_table(output / f"report-data/{name}.parquet") for name in POINTS}
+    assert data["scores"]["path"].to_pylist() == sorted(row["path"] for row in rows)
+    assert len(set(data["pictures"]["label"].to_pylist())) == 12
     assert {file.name for file in (output / "model").iterdir()} == {
         "pca.npz",
     }  # fmt: skip
@@ -107,6 +116,22 @@ def test_a_rerun_with_nothing_new_starts_no_spark(
     assert "features" in run["made"]["timings"]
     assert (run["made"]["computed"], run["largest_pass"]["images"]) == (52, 52)
     assert (output / "matrix.csv").stat().st_mtime_ns == before
+
+
+def test_a_result_of_an_older_version_is_made_anew_with_what_it_lacked(
+    fruits_on_spark: Fruits, pictures: Path, output: Path
+) -> None:
+    shutil.rmtree(output / "report-data")
+    run = run_json(output)
+    del run["format"]
+    run["pca"]["standardize"] = run["pca"]["requested"].pop("standardize")
+    run["largest_pass"]["images_per_second"] = 1.0
+    (output / "run.json").write_text(json.dumps(run))
+    done = fruits_on_spark("run", pictures, output, *SMALL, "--components", 5)
+    assert done.returncode == 0, done.stderr
+    run = run_json(output)
+    assert (run["format"], run["counts"]["computed"], run["pca"]["rows_read"]) == (2, 0, 0)
+    assert (output / "report-data" / "pictures.parquet").exists()
 
 
 def test_a_grown_folder_costs_its_own_part_and_equals_a_run_from_scratch(
@@ -194,20 +219,40 @@ def test_a_forgotten_image_leaves_no_file_that_named_it(
     assert refused.returncode == 1
     assert "to be deleted before it is forgotten" in refused.stderr
     image.unlink()
+    pictured = pictures_of(output, "Kiwi Cut")
+    (passed,) = output.glob("features/*/pass.json")
+    passed.write_text(passed.read_text().replace('"unreadable": []', f'"unreadable": ["{path}"]'))
     done = fruits_on_spark("forget", output, path)
     assert done.returncode == 0, done.stderr
     assert "1 images forgotten, 1 of them had a row" in done.stdout
+    assert len(pictures_of(output, "Kiwi Cut")) == len(pictured) - 1
     for file in filter(Path.is_file, output.rglob("*")):
         assert path.encode() not in file.read_bytes(), file
         if file.suffix == ".parquet" and "_delta_log" not in file.parts:
             assert path not in pq.read_table(file).to_pydict().get("path", []), file
     (kept,) = output.glob("features/*/forgotten/*.json")
-    key = bytes.fromhex(done.stdout.split()[-1])
+    key = bytes.fromhex(re.search("^[0-9a-f]{64}$", done.stdout, re.MULTILINE)[0])
     expected = hmac.digest(key, path.encode(), "sha256").hex()
     assert json.loads(kept.read_text())["hashes"] == [expected]
     again = fruits_on_spark("run", pictures, output, *SMALL, "--standardize")
     assert again.returncode == 0, again.stderr
     assert run_json(output)["counts"]["computed"] == 0
+
+
+def test_forgetting_the_last_image_leaves_neither_features_nor_result(
+    fruits_on_spark: Fruits, pictures: Path, tmp_path: Path
+) -> None:
+    few, output = tmp_path / "few", tmp_path / "output"
+    shutil.copytree(pictures / "Lemon", few / "Lemon")
+    paths = [str(file.relative_to(few)) for file in few.rglob("*.jpg")]
+    assert fruits_on_spark("run", few, output, *SMALL, "--components", 1).returncode == 0
+    shutil.rmtree(few / "Lemon")
+    done = fruits_on_spark("forget", output, *paths)
+    assert done.returncode == 0, done.stderr
+    assert re.search("^[0-9a-f]{64}$", done.stdout, re.MULTILINE)
+    assert "There is no result any more: no image is left" in " ".join(done.stdout.split())
+    assert {file.name for file in output.iterdir()} <= {"features", "_work"}
+    assert not list(output.glob("features/*/table/**/*.parquet"))
 
 
 def test_what_is_known_of_the_rows_is_counted_anew_where_it_was_damaged(

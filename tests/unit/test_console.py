@@ -99,10 +99,10 @@ def printed(run: Run, where: str = "s3a://fruits/out") -> str:
 
 
 def test_the_summary_gives_the_figures_of_a_run() -> None:
-    text = printed(run_with(listed=12_345, quarantined=5, computed=12_000, reused=345))
+    text = printed(run_with(listed=12_345, quarantined=5, computed=12_000, reused=345, unsure=7))
     for line in (
         "12,345 listed, 5 quarantined",
-        "12,000 computed, 345 reused, 123 images/s",
+        "12,000 computed, 345 reused, 7 left alone (too young for the inventory), 123 images/s",
         "mobilenet_v2-224-abc",
         "42 components keep 95.1% of the variance",
         "61.3 s",

@@ -237,7 +237,7 @@ def test_a_run_that_was_made_there_keeps_its_features(tmp_path: Path) -> None:
         check_target(tmp_path)
 
 
-FOLDERS = ("matrix.parquet", "model", "samples")
+FOLDERS = ("matrix.parquet", "model", "report-data")
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ WHOLE = {
     **{name: name.encode() for name in RESULT if name not in FOLDERS},
     "matrix.parquet/part": b"matrix.parquet",
     "model/part": b"model",
-    "samples/part": b"samples",
+    "report-data/part": b"report-data",
     "run.json": b"{}",
 }
 

@@ -61,7 +61,7 @@ FIRST, SECOND = run_of(run_id="first"), run_of(run_id="second")
 FILES = {
     "matrix.parquet": ["matrix.parquet/part-0.parquet", "matrix.parquet/_SUCCESS"],
     "model": ["model/pca.npz"],
-    "samples": ["samples/scores.parquet", "samples/pictures.parquet"],
+    "report-data": ["report-data/scores.parquet", "report-data/pictures.parquet"],
 }
 
 

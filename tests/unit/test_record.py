@@ -17,11 +17,12 @@ from tests.records import run_of
 
 
 def as_format_1(run: Run) -> dict[str, Any]:
-    """Write a record as the first versions did."""
+    """Write a record as versions before 2 did, with what some of them told."""
     told = asdict(run)
     del told["format"], told["counts"]["other_makers"]
     told["pca"]["standardize"] = told["pca"]["requested"].pop("standardize")
     told["largest_pass"]["images_per_second"] = 1.0
+    told["pca"]["digest"], told["last_pass"] = "0123", {"images": 20}
     return told
 
 
@@ -61,7 +62,9 @@ def test_a_record_of_a_newer_version_is_not_taken_for_a_damaged_one() -> None:
 
 def test_samples_are_read_as_they_were_written(tmp_path: Any) -> None:
     store = FolderStore(Address.parse(str(tmp_path)))
-    with pytest.raises(StateError, match=r"samples/scores.parquet beside run.json .* Run the job"):
+    with pytest.raises(
+        StateError, match=r"report-data/scores.parquet beside run.json .* Run the job"
+    ):
         Samples.read(store)
     scores = pa.table({"path": ["a.jpg"], "label": pa.array([None], pa.string()), "pc_1": [0.5]})
     samples = Samples(scores, {"": [b"one"], "Kiwi": [b"two", b"three"]})
