@@ -94,7 +94,9 @@ class _Pages(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         if "prefix" not in asked:
-            self.send_error(404)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         time.sleep(self.seconds_away)
         if "delimiter" in asked:
@@ -147,6 +149,7 @@ if __name__ == "__main__":
     folders, seconds, gone, more = sys.argv[1:]
     _Pages.folders, _Pages.seconds_away = int(folders), float(seconds)
     _Pages.gone, _Pages.more = int(gone), int(more)
+    ThreadingHTTPServer.request_queue_size = 128  # a burst that is turned away comes a second later
     listening = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
     print(listening.server_address[1], flush=True)
     listening.serve_forever()
