@@ -22,6 +22,7 @@ import pyarrow.csv
 import sphinx_revealjs
 from markupsafe import Markup
 from matplotlib import style
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from pipeline.errors import StateError
@@ -244,7 +245,7 @@ def _scree(shares: Floats, k: int) -> Figure:
 
 def _cloud(scores: pa.Table, shares: Floats) -> Figure:
     labels = np.array([label or "" for label in scores["label"].to_pylist()])
-    names = sorted(set(labels))
+    names = sorted(set(labels), key=natural)  # as in the report, each in its colour
     x = scores["pc_1"].to_numpy()
     y = scores["pc_2"].to_numpy() if "pc_2" in scores.column_names else np.zeros(len(x))
     with _style():
@@ -267,14 +268,16 @@ def _cloud(scores: pa.Table, shares: Floats) -> Figure:
         axes.set_xlabel(f"composante 1 ({percent(float(shares[0]))})")
         if len(shares) > 1:
             axes.set_ylabel(f"composante 2 ({percent(float(shares[1]))})")
-        figure.legend(
+        legend = figure.legend(
             loc="outside right center",
             ncols=1 + (len(names) > 16),
             frameon=False,
             fontsize=14,
-            markerscale=1.4,
             handletextpad=0.2,
         )
+        for handle in legend.legend_handles:
+            if isinstance(handle, PathCollection):
+                handle.set_sizes([90])
     return figure
 
 
