@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline import __version__
-from pipeline.console import err, explain, observing, out, summary
+from pipeline import __version__, versions
+from pipeline.console import err, explain, observing, out, summary, versions_told
 from pipeline.engine.session import read_settings
 from pipeline.errors import FruitsError, NoImagesError, PCAError, StorageError
 from pipeline.job import Choices
@@ -225,6 +225,29 @@ def forget(
             out.print(summary(job.fit(), output))
         except (NoImagesError, PCAError) as error:
             out.print(f"There is no result any more: {error}")
+
+
+@app.command()
+def results(
+    output: Output,
+    at: Annotated[int | None, typer.Option(min=1, help="Look at this version.")] = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Publish the version of --at again, as the newest.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List the versions of a result, look at one, or go back to one."""
+    store = open_store(Address.parse(output), S3Settings.from_spark(read_settings()))
+    if restore:
+        if at is None:
+            raise typer.BadParameter("expected --at N with --restore.", param_hint="--restore")
+        again = versions.restore(store, at)
+        out.print(f"Version {at} is the newest again, as version {again.version}.")
+    elif at is None:
+        out.print(versions_told(versions.all_versions(store)))
+    else:
+        run = versions.at(store, at)
+        out.print(summary(run, str(store.address / versions.folder_of(run))))
 
 
 @app.command()

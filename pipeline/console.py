@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +32,7 @@ STAGES = {
     "pca": "Fitting the PCA",
     "matrix": "Writing the matrix",
     "report": "Writing the report",
+    "publish": "Publishing the result",
 }
 
 out = Console(highlight=False)
@@ -123,6 +124,21 @@ def summary(run: Run, where: str) -> Table:
     table.add_row("PCA", f"{pca.k} components keep {pca.variance:.1%} of the variance")
     table.add_row("time", f"{run.timings['total']:.1f} s")
     table.add_row("result", where)
+    return table
+
+
+def versions_told(found: Sequence[tuple[datetime, Run]]) -> Table:
+    """Return the versions of a result as a table, the newest first."""
+    table = Table("version", "published", "images", "components", "variance kept", "run", box=None)
+    for published, run in reversed(found):
+        table.add_row(
+            str(run.version),
+            f"{published:%Y-%m-%d %H:%M}",
+            f"{run.counts.features:,}",
+            str(run.pca.k),
+            f"{run.pca.variance:.1%}",
+            run.folder,
+        )
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,17 +21,7 @@ from pipeline.journal import Journal, Observer, now
 from pipeline.listing.images import Listing, list_images
 from pipeline.listing.inventory import open_inventory
 from pipeline.networks.model import Model
-from pipeline.output import (
-    NEXT,
-    RECORD,
-    RESULT,
-    WORK,
-    check_exclusive_writes,
-    check_output,
-    check_run,
-    is_whole,
-    publish,
-)
+from pipeline.output import WORK, check_exclusive_writes, check_output, check_run
 from pipeline.pca import PCA
 from pipeline.record import FORMAT, Counts, Made, PCAOptions, Run
 from pipeline.result.make import make_result
@@ -39,6 +30,7 @@ from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
+from pipeline.versions import RECORD, RESULT, copy_newest, lacking, prune, publish
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,8 @@ class Job:
         images = open_store(self.images, self.s3)
         with self.journal.stage("features"), self._workplace(Listing((), 0, "")) as work:
             had_rows = remove_rows(self.spark(), self.table, images, paths, work)
-        for name in (RECORD, *RESULT, NEXT):
+        prune(self.store, kept=0, young=timedelta(0))
+        for name in (RECORD, *RESULT):
             self.store.delete(name)
         return erase(self.table, paths, had_rows, self.journal.run_id)
 
@@ -198,7 +191,11 @@ class Job:
         """Return the previous run, recounted, if this one would only repeat it."""
         if previous is None or previous.format != FORMAT or self.choices.recompute:
             return None
-        if previous.pca.requested != self.pca or not is_whole(self.store):
+        if previous.pca.requested != self.pca:
+            return None
+        gone = lacking(self.store, previous)
+        if gone:
+            self.observer.stage(f"{gone[0]} of version {previous.version} is gone: making it again")
             return None
         found = nothing_to_compute(self.table, base, listing, self.reader)
         if found is None or found.snapshot.state != previous.pca.state:
@@ -215,8 +212,10 @@ class Job:
 
     def _noted(self, run: Run) -> Run:
         """Write the record of a run that leaves the result as it is."""
+        copy_newest(self.store)
         run = replace(run, timings=self.journal.with_total(), finished=now())
         self.store.write(RECORD, run.to_bytes())
+        copy_newest(self.store)
         return run
 
     def _compute(self, base: Snapshot | None, listing: Listing) -> Pass:
@@ -271,9 +270,20 @@ class Job:
         )
         timings = self.journal.with_total()
         made = Made(run.run_id, timings, run.counts.computed)
-        run = replace(run, timings=timings, finished=now(), made=made)
-        publish(self.store, run)
+        self.observer.stage("publish")
+        run = publish(
+            self.store,
+            replace(run, timings=timings, finished=now(), made=made),
+            lambda: self._is_of_table(run),
+            single_writer=self.choices.single_writer,
+        )
+        copy_newest(self.store)
+        prune(self.store)
         return run
+
+    def _is_of_table(self, run: Run) -> bool:
+        snapshot = self.table.snapshot()
+        return snapshot is not None and snapshot.state == run.pca.state
 
     def _why_none(self, done: Pass) -> str:
         if not done.known.rows:

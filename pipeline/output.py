@@ -12,22 +12,12 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from pipeline.errors import OutputTakenError, StateError, StorageError
+from pipeline.errors import OutputTakenError, StorageError
 from pipeline.networks.model import Model
 from pipeline.record import Run
 from pipeline.storage import Address, BucketStore, Store
+from pipeline.versions import RECORD, RESULT, VERSIONS, current
 
-RECORD = "run.json"
-RESULT = (
-    "matrix.parquet",
-    "matrix.csv",
-    "explained_variance.csv",
-    "model",
-    "quarantine.csv",
-    "report-data",
-    "report.html",
-)
-NEXT = "_next"
 WORK = "_work"
 
 
@@ -71,7 +61,7 @@ def check_run(images: Address, model: Model, output: Store, *, force: bool = Fal
 
     Parameters are those of `check_output`, which also looks at what else is there.
     """
-    previous = read_run(output)
+    previous = current(output)
     different = _difference(previous, images, model) if previous else None
     if not force:
         _refuse(output, different)
@@ -109,18 +99,6 @@ def _refuse(output: Store, taken: str | None) -> None:
         )
 
 
-def read_run(output: Store) -> Run | None:
-    """Return the record of an OUTPUT's result, None where there is none.
-
-    Raises
-    ------
-    StateError
-        When it is damaged, or of a newer version.
-    """
-    content = output.read(RECORD)
-    return Run.from_bytes(content, f"{output.address}/{RECORD}") if content is not None else None
-
-
 def _difference(previous: Run, images: Address, model: Model) -> str | None:
     if previous.images != str(images):
         return f"the run of {previous.images}, not of {images}"
@@ -138,38 +116,6 @@ def _foreign_content(output: Store, model_id: str) -> str | None:
             found = rest.partition("/")[0]
             if found != model_id:
                 return f"features of the model {found}, not of {model_id}"
-        elif top not in {*RESULT, NEXT, WORK, RECORD}:
+        elif top not in {*RESULT, VERSIONS, WORK, RECORD}:
             return f"something else ({entry.key})"
     return None
-
-
-def is_whole(output: Store) -> bool:
-    """Tell whether every part of a result is there."""
-    return all(any(output.list(name)) for name in RESULT)
-
-
-def publish(output: Store, run: Run) -> None:
-    """Move what was prepared to its place; `run.json` goes first and comes back last.
-
-    Whoever reads an OUTPUT that has a run.json reads one whole result. A run that dies in between
-    leaves none, and the next one makes the result again from the features, which are kept.
-
-    Raises
-    ------
-    StateError
-        When a part is not there: another run has used the same OUTPUT meanwhile.
-    """
-    prepared = {name: [entry.key for entry in output.list(f"{NEXT}/{name}")] for name in RESULT}
-    for name, keys in prepared.items():
-        if not keys:
-            raise StateError(
-                f"expected {name} in {output.address / NEXT}, found it gone: another run writes to "
-                "this OUTPUT. Run again, one run at a time, or name another OUTPUT."
-            )
-    output.delete(RECORD)
-    for name, keys in prepared.items():
-        output.delete(name)
-        for key in sorted(keys, key=lambda key: key.endswith("/_SUCCESS")):  # true once it is there
-            output.move(key, key.removeprefix(f"{NEXT}/"))
-    output.delete(NEXT)
-    output.write(RECORD, run.to_bytes())

@@ -6,13 +6,13 @@ Report, slides and terminal show a run by it, and the next run goes on from it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.errors import StateError
 from pipeline.networks.model import Model
 
-FORMAT = 2  # 1 had no number, no report-data/, and `standardize` apart from what was asked
+FORMAT = 3  # 2 had no versions; 1 no number, no report-data/, `standardize` apart from the request
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ class Run:
         The pass over most images: the speed of a small one tells little.
     timings
         Seconds of each stage, and their `total`.
+    version, folder, files
+        Its number, where its files lie below `versions/`, and the bytes of each (versions.py).
     """
 
     run_id: str
@@ -151,6 +153,9 @@ class Run:
     made: Made | None
     versions: dict[str, str]
     cluster: Cluster
+    version: int = 0
+    folder: str = ""
+    files: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:

@@ -125,8 +125,11 @@ class Store(Protocol):
     def upload(self, key: str, file: Path) -> None:
         """Write a file as an object, whole or not at all."""
 
-    def move(self, source: str, target: str) -> None:
-        """Give an object another key; a reader sees the old object there or the new one."""
+    def write_new(self, key: str, content: bytes) -> bool:
+        """Write an object that is not there yet, else return False: of several, one is first."""
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object; a reader sees the old object there or the new one."""
 
     def join(self, parts: Sequence[tuple[str, int]], target: str) -> None:
         """Make one object of several, given with their bytes, in this order; they stay."""
@@ -206,11 +209,23 @@ class FolderStore:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def move(self, source: str, target: str) -> None:
-        """Rename a file."""
-        with _readable_os_errors(self.address / target):
-            (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / source).replace(self.folder / target)
+    def write_new(self, key: str, content: bytes) -> bool:
+        """Write beside the target, then link: a link never takes the place of a file."""
+        target = self.folder / key
+        with _readable_os_errors(self.address / key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".write-") as temporary:
+                Path(temporary.name).write_bytes(content)
+                Path(temporary.name).chmod(0o644)
+                try:
+                    target.hardlink_to(temporary.name)
+                except FileExistsError:
+                    return False
+        return True
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy beside the target, then rename."""
+        self._write(target, lambda temporary: shutil.copyfile(self.folder / source, temporary))
 
     def join(self, parts: Sequence[tuple[str, int]], target: str) -> None:
         """Copy files behind each other."""
@@ -363,12 +378,11 @@ class BucketStore:
     def _fast(self) -> S3Store:
         return s3_client(self.address, self.s3)
 
-    def move(self, source: str, target: str) -> None:
-        """Copy within S3, then delete the source."""
+    def copy(self, source: str, target: str) -> None:
+        """Copy within S3."""
         with self._readable_errors():
             origin = {"Bucket": self.bucket, "Key": self._full(source)}
             self.client.copy(origin, self.bucket, self._full(target))
-            self.client.delete_object(**origin)
 
     def join(self, parts: Sequence[tuple[str, int]], target: str) -> None:
         """Have S3 copy parts behind each other; small ones go by this machine, with neighbours."""

@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.console import ConsoleObserver, observing, out, summary
+from pipeline.errors import StateError
 from pipeline.local.given import choose_weights, images_named, open_images
 from pipeline.local.place import Place, make_job, open_place
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import INPUT_SIZE, flatbuffer, identify
-from pipeline.output import RECORD, RESULT
+from pipeline.record import Run
 from pipeline.storage import (
     Address,
     BucketStore,
@@ -28,6 +29,7 @@ from pipeline.storage import (
     replacing,
 )
 from pipeline.upload import upload
+from pipeline.versions import RECORD, RESULT, open_result
 
 SOURCE, TARGET = Address("fruits", "images"), Address("fruits", "result")
 
@@ -65,7 +67,7 @@ def show(
             job = make_job(place, observer, str(SOURCE), str(TARGET), network, str(file))
             job.flatbuffer = converted.result
             run = job.run()
-            copy_result(job.store, output)
+            copy_result(job.store, place.s3, output)
         out.print(summary(run, str(output)))
         out.print(f"\nLook at {output}/report.html.")
         if keep:
@@ -117,11 +119,22 @@ def check_target(folder: Path) -> None:
     check_replaceable(folder, {*RESULT, RECORD})
 
 
-def copy_result(source: Store, folder: Path) -> None:
-    """Copy a result (all but the features) to a folder, which appears whole or not at all."""
+def copy_result(output: Store, s3: S3Settings, folder: Path) -> Run:
+    """Copy the current result to a folder, which appears whole or not at all; return its record.
+
+    Raises
+    ------
+    StateError
+        When there is none.
+    """
+    run, source = open_result(output, s3)
+    if run is None:
+        raise StateError(f"expected a result in {output.address}, found none. Make one: fruits run")
     with replacing(folder) as fresh:
-        for name in (*RESULT, RECORD):
+        for name in RESULT:
             for entry in source.list(name):
                 file = fresh / entry.key
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(source.read(entry.key) or b"")
+        (fresh / RECORD).write_bytes(run.to_bytes())
+    return run

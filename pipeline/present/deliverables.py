@@ -23,7 +23,6 @@ from pipeline.console import observing, out
 from pipeline.errors import DeliverableError
 from pipeline.local.demo import check_target, copy_result, place_with_images
 from pipeline.local.given import images_named, open_images
-from pipeline.output import RECORD, RESULT
 from pipeline.present.slides import SOURCE, build_presentation
 from pipeline.record import Run
 from pipeline.storage import (
@@ -34,6 +33,7 @@ from pipeline.storage import (
     open_store,
     replacing,
 )
+from pipeline.versions import RESULT, open_result
 
 NOTEBOOK = SOURCE / "fruits.ipynb"
 SECONDS_TO_ANSWER = 300  # of a kernel; on a machine that stands still for a while, 4 are too few
@@ -64,7 +64,7 @@ def execute_notebook(images: Path | None, weights: str | None, target: Path) -> 
         with observing() as observer, place_with_images(folder, observer) as place:
             observer.stage("Running the notebook")
             _execute(fresh / NOTEBOOK.name, {"weights": weights or ""})
-            copy_result(open_store(RESULT_OF_NOTEBOOK, place.s3), fresh / "result")
+            copy_result(open_store(RESULT_OF_NOTEBOOK, place.s3), place.s3, fresh / "result")
         (fresh / "fruits.html").write_text(as_html(fresh / NOTEBOOK.name))
     out.print(
         f"Look at {target}/fruits.html.\n"
@@ -129,7 +129,7 @@ def build_deliverables(
         When a part cannot be made; all such parts are named, and nothing is written.
     """
     store = open_store(result, s3)
-    absent = list(_absent(name, notebook, store))
+    absent = list(_absent(name, notebook, *open_result(store, s3)))
     if absent:
         raise DeliverableError(
             "\n".join(["the deliverables lack:", *(f"- {one}" for one in absent)])
@@ -146,8 +146,7 @@ def build_deliverables(
         copy.with_suffix(".html").write_text(as_html(notebook))
         images = fresh / second
         copied = images / "result"
-        copy_result(store, copied)
-        run = Run.from_bytes((copied / RECORD).read_bytes(), f"{store.address}/{RECORD}")
+        run = copy_result(store, s3, copied)
         check_matrix(copied, run)
         manifest = _manifest(copied, run)
         (images / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
@@ -158,7 +157,7 @@ def build_deliverables(
     return list(_weaknesses(run))
 
 
-def _absent(name: str, notebook: Path, store: Store) -> Iterator[str]:
+def _absent(name: str, notebook: Path, run: Run | None, files: Store) -> Iterator[str]:
     if not name.replace("_", "").replace("-", "").isalnum() or "_" not in name:
         yield f"a name: expected NAME=nom_prenom, found {name!r}"
     if notebook.exists():
@@ -168,14 +167,14 @@ def _absent(name: str, notebook: Path, store: Store) -> Iterator[str]:
             f"the executed notebook: expected it at {notebook}, found none. Make one (make "
             "notebook), or download yours from JupyterLab and name it: NOTEBOOK=file.ipynb"
         )
-    if store.read(RECORD) is None:
+    if run is None:
         yield (
-            f"the result of a run: expected run.json in {store.address}, found none. Name yours: "
+            f"the result of a run: expected run.json in {files.address}, found none. Name yours: "
             "OUTPUT=s3a://bucket/result"
         )
     else:
-        parts = [part for part in RESULT if not any(store.list(part))]
-        yield from (f"{part}: not in {store.address}. Run the job again" for part in parts)
+        parts = [part for part in RESULT if not any(files.list(part))]
+        yield from (f"{part}: not in {files.address}. Run the job again" for part in parts)
 
 
 def _unfinished(notebook: Path) -> Iterator[str]:

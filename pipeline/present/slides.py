@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 from pipeline.errors import StateError
 from pipeline.local.sample import VARIETIES
 from pipeline.networks.catalogue import NETWORKS
-from pipeline.output import read_run
 from pipeline.present.browser import print_to_pdf
 from pipeline.record import Run, Speed
 from pipeline.result.page import (
@@ -46,6 +45,7 @@ from pipeline.result.page import (
 )
 from pipeline.result.samples import Samples
 from pipeline.storage import Address, S3Settings, Store, open_store
+from pipeline.versions import open_result
 
 SOURCE = Path(__file__).parents[2] / "notebooks"
 WIDE = 14.0, 6.0  # inches of a plot that has a slide of its own
@@ -99,24 +99,19 @@ def build_presentation(
     BrowserError
         When no Chromium is found to print with.
     """
-    store = open_store(result, s3)
-    page = _page(_read_run(store, result), store, author, credit)
+    run, files = open_result(open_store(result, s3), s3)
+    if run is None:
+        raise StateError(
+            f"expected the result of a run in {result}, found none. Make one (make demo), or name "
+            "yours: OUTPUT=folder or OUTPUT=s3a://bucket/result"
+        )
+    page = _page(run, files, author, credit)
     html, pdf = target.with_suffix(".html"), target.with_suffix(".pdf")
     target.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page)
     ready = "document.documentElement.dataset.printable === 'yes'"
     print_to_pdf(html, pdf, query="print-pdf", ready=ready)
     return [html, pdf]
-
-
-def _read_run(store: Store, result: Address) -> Run:
-    run = read_run(store)
-    if run is None:
-        raise StateError(
-            f"expected the result of a run in {result}, found no run.json. Make one (make "
-            "demo), or name yours: OUTPUT=folder or OUTPUT=s3a://bucket/result"
-        )
-    return run
 
 
 def _page(run: Run, store: Store, author: str, credit: str | None) -> str:

@@ -1,6 +1,6 @@
 """Makes a result of a feature table and its PCA: matrix, quarantine, samples, report, record.
 
-All but the record is prepared below OUTPUT's `_next/`, from where `output.publish` takes it.
+All but the record lies in a folder of its own, which `versions.publish` makes the newest version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pipeline.engine.jars import hadoop_version
 from pipeline.engine.session import task_slots
 from pipeline.features import Pass
 from pipeline.journal import Journal, now
-from pipeline.output import NEXT
 from pipeline.pca import PCA
 from pipeline.record import Cluster, Fit, PCAOptions, Run
 from pipeline.result.matrix import explained_variance_csv, write_csv, write_matrix
@@ -29,6 +28,7 @@ from pipeline.result.overview import Overview, look_at, pictures_of, points_of, 
 from pipeline.result.samples import Samples
 from pipeline.storage import ImageReader, Store
 from pipeline.table.feature_table import FeatureTable
+from pipeline.versions import VERSIONS
 
 QUARANTINED_SHOWN = 10_000
 
@@ -43,7 +43,7 @@ def make_result(
     output: Store,
     journal: Journal,
 ) -> Run:
-    """Prepare a result below OUTPUT's `_next/`; return its record, but for its end.
+    """Write a result into the run's folder of `versions/`; return its record, but for its end.
 
     Parameters
     ----------
@@ -52,27 +52,27 @@ def make_result(
     pca, options
         The projection, and what was asked for.
     """
+    place = f"{VERSIONS}/{journal.run_id}"
     with journal.stage("matrix"):
-        output.delete(NEXT)
-        write_matrix(spark, table, done.snapshot, pca, output)
-        output.write(f"{NEXT}/explained_variance.csv", explained_variance_csv(pca))
-        output.write(f"{NEXT}/model/pca.npz", pca.to_bytes())
-        bad = _write_quarantine(spark, table, done, output)
+        write_matrix(spark, table, done.snapshot, done.known.features, pca, output, place)
+        output.write(f"{place}/explained_variance.csv", explained_variance_csv(pca))
+        output.write(f"{place}/model/pca.npz", pca.to_bytes())
+        bad = _write_quarantine(spark, table, done, output, place)
     with journal.stage("report"):
         overview = look_at(spark, table, done.snapshot)
         run = _describe(spark, table, done, overview, pca, options, images, output, journal)
         samples = Samples(
-            points_of(spark, output.address / f"{NEXT}/matrix.parquet", run.pca.rows, pca.k),
+            points_of(spark, output.address / f"{place}/matrix.parquet", run.pca.rows, pca.k),
             pictures_of(overview.labels, images),
         )
-        samples.write(output, f"{NEXT}/")
+        samples.write(output, f"{place}/")
         report = _report(run, samples, pca, bad)
-        output.write(f"{NEXT}/report.html", report.encode())
+        output.write(f"{place}/report.html", report.encode())
     return run
 
 
 def _write_quarantine(
-    spark: SparkSession, table: FeatureTable, done: Pass, output: Store
+    spark: SparkSession, table: FeatureTable, done: Pass, output: Store, place: str
 ) -> pa.Table:
     """Write quarantine.csv, and return as much of it as a page shows."""
     columns = ["path", "stage", "reason"]
@@ -91,7 +91,7 @@ def _write_quarantine(
         written = Path(folder) / "quarantine.csv"
         with written.open("w", encoding="utf-8", newline="") as file:
             write_csv(file, columns, passing())
-        output.upload(f"{NEXT}/quarantine.csv", written)
+        output.upload(f"{place}/quarantine.csv", written)
     return pa.Table.from_pylist(shown, pa.schema([(name, pa.string()) for name in columns]))
 
 
@@ -139,6 +139,7 @@ def _describe(
         timings=dict(journal.timings),
         made=None,
         versions=_versions(spark),
+        folder=journal.run_id,
         cluster=Cluster(
             master=str(spark.sparkContext.master),
             application=spark.sparkContext.applicationId,

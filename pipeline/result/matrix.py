@@ -1,7 +1,7 @@
 """Projects the feature table on the principal components and writes the matrix.
 
 `matrix.parquet/` is written by all workers; `matrix.csv` is one file, sorted by path, with plain
-numbers that any tool reads. Everything is prepared below `_next/` and takes its place at the end.
+numbers that any tool reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyspark.core.broadcast import Broadcast
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipeline.output import NEXT
+from pipeline.errors import StateError
 from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
 from pipeline.table.delta import Snapshot
@@ -30,25 +30,38 @@ from pipeline.table.parts import Parts, for_each
 
 BYTES_OF_NUMBER, BYTES_OF_PATH = 19, 60  # about, in the CSV
 BYTES_OF_RANGE = 32 << 20
-PART = pa.schema([("part", pa.string()), ("size", pa.int64())])
+PART = pa.schema([("part", pa.string()), ("size", pa.int64()), ("rows", pa.int64())])
 MOST_RANGES = 9_000  # an object of S3 is joined of 10,000 parts at most
 
 
 def write_matrix(
-    spark: SparkSession, table: FeatureTable, snapshot: Snapshot, pca: PCA, output: Store
+    spark: SparkSession,
+    table: FeatureTable,
+    snapshot: Snapshot,
+    features: int,
+    pca: PCA,
+    output: Store,
+    place: str,
 ) -> None:
-    """Write `matrix.parquet/` and `matrix.csv` below OUTPUT's `_next/`.
+    """Write `matrix.parquet/` and `matrix.csv` into a folder below OUTPUT.
 
     Parameters
     ----------
+    features
+        How many rows of the table have features, each of which gives a row.
     pca
         The projection; the matrix gets columns path, label, pc_1 .. pc_k (double).
+
+    Raises
+    ------
+    StateError
+        When the matrix has not a row for each of them.
     """
     names = [f"pc_{number}" for number in range(1, pca.k + 1)]
     schema = pa.schema(
         [("path", pa.string()), ("label", pa.string()), *((name, pa.float64()) for name in names)]
     )
-    folder = output.address / NEXT
+    folder = output.address / place
     model = spark.sparkContext.broadcast(pca.to_bytes())
     project = Project(table.parts, model, names)
     rows = for_each(spark, list(snapshot.files), project, schema)
@@ -59,9 +72,16 @@ def write_matrix(
     csv = f"csv-{uuid.uuid4().hex}"
     write = WriteRange(table.parts.beside(folder / csv), ["path", "label", *names])
     told = in_ranges.sortWithinPartitions("path").mapInArrow(write, from_arrow_schema(PART))
-    parts = sorted((row["part"], row["size"]) for row in told.collect())
-    output.join([(f"{NEXT}/{csv}/{part}", size) for part, size in parts], f"{NEXT}/matrix.csv")
-    output.delete(f"{NEXT}/{csv}")
+    parts = sorted(told.collect(), key=lambda row: str(row["part"]))
+    found = sum(row["rows"] for row in parts)
+    if found != features:
+        raise StateError(
+            f"expected {features:,} rows in the matrix, found {found:,}: a part of it was lost, or "
+            "the table is damaged. Run again."
+        )
+    joined = [(f"{place}/{csv}/{row['part']}", row["size"]) for row in parts]
+    output.join(joined, f"{place}/matrix.csv")
+    output.delete(f"{place}/{csv}")
 
 
 def ranges_of(rows: int, k: int) -> int:
@@ -84,11 +104,14 @@ class WriteRange:
         if number == 0:
             content.write(to_csv(self.names, []))
         as_needed = pv.WriteOptions(include_header=False, quoting_style="needed")
+        rows = 0
         for batch in batches:
             pv.write_csv(batch, content, as_needed)
+            rows += batch.num_rows
         part = f"{number:06d}.csv"
         self.parts.put(part, content)
-        yield pa.RecordBatch.from_pydict({"part": [part], "size": [content.tell()]}, PART)
+        told = {"part": [part], "size": [content.tell()], "rows": [rows]}
+        yield pa.RecordBatch.from_pydict(told, PART)
 
 
 @dataclass(frozen=True)

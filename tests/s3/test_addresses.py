@@ -118,10 +118,10 @@ def test_an_s3_that_does_not_answer_is_not_blamed_on_the_image(bucket: BucketSto
         ImageReader(bucket.address, down).open()("a.jpg")
 
 
-def test_objects_move_and_go(bucket: BucketStore) -> None:
+def test_objects_are_copied_and_go(bucket: BucketStore) -> None:
     for key in ("a/1", "a/2", "ab/3"):
         bucket.write(key, key.encode())
-    bucket.move("a/1", "c/é 1")
+    bucket.copy("a/1", "c/é 1")
     bucket.delete("a")
     assert {entry.key for entry in bucket.list()} == {"ab/3", "c/é 1"}
     assert bucket.read("c/é 1") == b"a/1"

@@ -122,6 +122,7 @@ def test_a_result_of_an_older_version_is_made_anew_with_what_it_lacked(
     fruits_on_spark: Fruits, pictures: Path, output: Path
 ) -> None:
     shutil.rmtree(output / "report-data")
+    shutil.rmtree(output / "versions")
     run = run_json(output)
     del run["format"]
     run["pca"]["standardize"] = run["pca"]["requested"].pop("standardize")
@@ -130,7 +131,7 @@ def test_a_result_of_an_older_version_is_made_anew_with_what_it_lacked(
     done = fruits_on_spark("run", pictures, output, *SMALL, "--components", 5)
     assert done.returncode == 0, done.stderr
     run = run_json(output)
-    assert (run["format"], run["counts"]["computed"], run["pca"]["rows_read"]) == (2, 0, 0)
+    assert (run["format"], run["counts"]["computed"], run["pca"]["rows_read"]) == (3, 0, 0)
     assert (output / "report-data" / "pictures.parquet").exists()
 
 
@@ -251,8 +252,10 @@ def test_forgetting_the_last_image_leaves_neither_features_nor_result(
     assert done.returncode == 0, done.stderr
     assert re.search("^[0-9a-f]{64}$", done.stdout, re.MULTILINE)
     assert "There is no result any more: no image is left" in " ".join(done.stdout.split())
-    assert {file.name for file in output.iterdir()} <= {"features", "_work"}
+    assert {file.name for file in output.iterdir()} <= {"features", "versions", "_work"}
     assert not list(output.glob("features/*/table/**/*.parquet"))
+    (record,) = filter(Path.is_file, output.glob("versions/**/*"))
+    assert record.read_text() == "{}", "its number is never used again"
 
 
 def test_what_is_known_of_the_rows_is_counted_anew_where_it_was_damaged(

@@ -14,8 +14,9 @@ from pipeline.local.demo import check_target, copy_result
 from pipeline.local.given import choose_weights, open_images, weights_file
 from pipeline.local.sample import VARIETIES
 from pipeline.networks.catalogue import NETWORKS
-from pipeline.output import RESULT
-from pipeline.storage import Address, FolderStore
+from pipeline.storage import Address, FolderStore, S3Settings
+from pipeline.versions import RESULT
+from tests.records import run_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -247,7 +248,7 @@ def source(tmp_path: Path) -> FolderStore:
     for name in RESULT:
         key = f"{name}/part" if name in FOLDERS else name
         store.write(key, name.encode())
-    store.write("run.json", b"{}")
+    store.write("run.json", run_of().to_bytes())
     store.write("features/m/model.json", b"")
     return store
 
@@ -257,7 +258,7 @@ WHOLE = {
     "matrix.parquet/part": b"matrix.parquet",
     "model/part": b"model",
     "report-data/part": b"report-data",
-    "run.json": b"{}",
+    "run.json": run_of().to_bytes(),
 }
 
 
@@ -265,10 +266,10 @@ def test_a_result_is_copied_whole_and_replaces_an_earlier_one(
     source: FolderStore, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
-    copy_result(source, target / "new.v1")
+    copy_result(source, S3Settings(), target / "new.v1")
     assert contents(target / "new.v1") == WHOLE
     write(target / "new.v1", of_the_earlier_txt=b"")
-    copy_result(source, target / "new.v1")
+    copy_result(source, S3Settings(), target / "new.v1")
     assert contents(target / "new.v1") == WHOLE
     assert [file.name for file in target.iterdir()] == ["new.v1"]
     assert target.joinpath("new.v1").stat().st_mode & 0o777 == 0o755
@@ -284,5 +285,5 @@ def test_a_copy_that_fails_leaves_the_earlier_result_and_nothing_else(
 
     monkeypatch.setattr(FolderStore, "read", lost)
     with pytest.raises(OSError, match="connection lost"):
-        copy_result(source, target)
+        copy_result(source, S3Settings(), target)
     assert contents(target.parent) == {"target/run.json": b"the earlier one"}

@@ -109,15 +109,15 @@ def keys(store: FolderStore, prefix: str = "") -> list[str]:
     return sorted(entry.key for entry in store.list(prefix))
 
 
-def test_odd_names_are_written_listed_read_moved_and_deleted(store: FolderStore) -> None:
+def test_odd_names_are_written_listed_read_copied_and_deleted(store: FolderStore) -> None:
     for name in ODD_NAMES:
         store.write(f"in/{name}", name.encode())
     assert keys(store) == sorted(f"in/{name}" for name in ODD_NAMES)
     for name in ODD_NAMES:
-        store.move(f"in/{name}", f"out/{name}")
-        assert store.read(f"in/{name}") is None
+        store.copy(f"in/{name}", f"out/{name}")
         assert store.read(f"out/{name}") == name.encode()
     for name in ODD_NAMES:
+        store.delete(f"in/{name}")
         store.delete(f"out/{name}")
     assert keys(store) == []
 
@@ -233,14 +233,22 @@ def test_an_upload_of_a_file_that_is_gone_is_told(store: FolderStore, tmp_path: 
     assert keys(store) == []
 
 
-def test_a_move_replaces_what_was_there(store: FolderStore) -> None:
+def test_a_copy_replaces_what_was_there(store: FolderStore) -> None:
     store.write("a", b"new")
     store.write("b/c", b"old")
-    store.move("a", "b/c")
-    assert keys(store) == ["b/c"]
+    store.copy("a", "b/c")
+    assert keys(store) == ["a", "b/c"]
     assert store.read("b/c") == b"new"
     with pytest.raises(StorageError, match="No such file"):
-        store.move("a", "b/d")
+        store.copy("gone", "b/d")
+    assert keys(store) == ["a", "b/c"]
+
+
+def test_a_new_object_is_written_once(store: FolderStore) -> None:
+    assert store.write_new("a/one", b"first")
+    assert not store.write_new("a/one", b"second")
+    assert store.read("a/one") == b"first"
+    assert keys(store) == ["a/one"]
 
 
 def test_a_delete_takes_the_object_and_all_below_it_and_nothing_beside_it(
