@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +29,7 @@ from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
-from pipeline.versions import RECORD, RESULT, copy_newest, lacking, prune, publish
+from pipeline.versions import RECORD, RESULT, copy_newest, delete_all, lacking, prune, publish
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class Job:
         images = open_store(self.images, self.s3)
         with self.journal.stage("features"), self._workplace(Listing((), 0, "")) as work:
             had_rows = remove_rows(self.spark(), self.table, images, paths, work)
-        prune(self.store, kept=0, young=timedelta(0))
+        delete_all(self.store)
         for name in (RECORD, *RESULT):
             self.store.delete(name)
         return erase(self.table, paths, had_rows, self.journal.run_id)

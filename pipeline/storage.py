@@ -221,6 +221,8 @@ class FolderStore:
                     target.hardlink_to(temporary.name)
                 except FileExistsError:
                     return False
+                except OSError:  # a file system that has no links
+                    return _create(target, content)
         return True
 
     def copy(self, source: str, target: str) -> None:
@@ -291,6 +293,15 @@ def replacing(folder: Path) -> Iterator[Path]:
             fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _create(target: Path, content: bytes) -> bool:
+    try:
+        with target.open("xb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _status(file: Path) -> os.stat_result | None:

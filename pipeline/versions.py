@@ -143,7 +143,10 @@ def _is_copied(output: Store, run: Run) -> bool:
     content = output.read(RECORD)
     if content is None:
         return False
-    told = Run.from_bytes(content, f"{output.address}/{RECORD}")
+    try:
+        told = Run.from_bytes(content, f"{output.address}/{RECORD}")
+    except StateError:
+        return False
     there = {entry.key: entry.length for part in RESULT for entry in _below(output, part)}
     return (told.version, told.folder) == (run.version, run.folder) and there == run.files
 
@@ -179,6 +182,14 @@ def prune(output: Store, kept: int = KEPT, young: timedelta = YOUNG) -> None:
     for entries in folders.values():
         if max(entry.modified for entry in entries) <= since:
             output.delete_keys(entry.key for entry in entries)
+
+
+def delete_all(output: Store) -> None:
+    """Delete the files of every version; the numbers stay used."""
+    for number, _ in _records(output):
+        output.write(_record(number), _PRUNED)
+    below = (entry.key for entry in output.list(f"{VERSIONS}/"))
+    output.delete_keys(key for key in below if not _NAME.fullmatch(key))
 
 
 def restore(output: Store, number: int) -> Run:

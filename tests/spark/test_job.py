@@ -274,15 +274,27 @@ def test_what_is_known_of_the_rows_is_counted_anew_where_it_was_damaged(
     assert "spark" not in run_json(output)["timings"]
 
 
-def test_a_run_that_died_among_its_last_steps_is_made_good_by_the_same_command(
+def test_what_is_gone_of_a_result_is_made_good_by_the_same_command(
     fruits_on_spark: Fruits, pictures: Path, output: Path
 ) -> None:
+    command = ("run", pictures, output, *SMALL, "--standardize")
     (output / "run.json").unlink()
     shutil.rmtree(output / "model")
-    done = fruits_on_spark("run", pictures, output, *SMALL)
+    done = fruits_on_spark(*command)
     assert done.returncode == 0, done.stderr
     run = run_json(output)
-    assert (run["counts"]["computed"], run["pca"]["rows_read"]) == (0, 0)
+    assert "spark" not in run["timings"], "copies are made again of the version"
+    assert (output / "model" / "pca.npz").exists()
+    (output / "versions" / run["folder"] / "matrix.csv").unlink()
+    done = fruits_on_spark(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"matrix.csv of version {run['version']} is gone" in " ".join(done.stderr.split())
+    again = run_json(output)
+    assert (again["version"], again["counts"]["computed"]) == (run["version"] + 1, 0)
+    listed = fruits_on_spark("results", output).stdout.split()
+    assert listed[:2] == ["version", "published"]
+    assert again["folder"] in listed
+    assert "reused" in fruits_on_spark("results", output, "--at", run["version"] - 1).stdout
 
 
 @pytest.fixture(params=["the driver", "the workers"])

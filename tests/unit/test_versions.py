@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from pipeline.versions import (
     all_versions,
     at,
     copy_newest,
+    delete_all,
     lacking,
     newest,
     open_result,
@@ -143,7 +143,9 @@ def test_old_versions_go_and_their_numbers_stay(output: FolderStore) -> None:
     assert not {"one", "two", "killed"} & folders or not any(
         list(Path(output.address.path, "versions", name).rglob("*.csv")) for name in ("one", "two")
     )
-    prune(output, kept=0, young=timedelta(0))
+    delete_all(output)
+    files = [file.name for file in Path(output.address.path, "versions").rglob("*.*")]
+    assert sorted(files) == [f"{number:08d}.json" for number in range(1, 6)]
     assert (newest(output), make(output, "six").version) == (None, 6)
 
 
