@@ -174,22 +174,17 @@ def prune(output: Store, kept: int = KEPT, young: timedelta = YOUNG) -> None:
     named = {at(output, number).folder for number, _ in live if number not in stale}
     for number in stale:
         output.write(_record(number), _PRUNED)
-    folders: dict[str, list[Entry]] = {}
-    for entry in output.list(f"{VERSIONS}/"):
-        folder, slash, _ = entry.key.removeprefix(f"{VERSIONS}/").partition("/")
-        if slash and folder not in named:
-            folders.setdefault(folder, []).append(entry)
-    for entries in folders.values():
-        if max(entry.modified for entry in entries) <= since:
-            output.delete_keys(entry.key for entry in entries)
+    for folder, touched in _folders(output).items():
+        if folder not in named and touched <= since:
+            output.delete(f"{VERSIONS}/{folder}")
 
 
 def delete_all(output: Store) -> None:
     """Delete the files of every version; the numbers stay used."""
     for number, _ in _records(output):
         output.write(_record(number), _PRUNED)
-    below = (entry.key for entry in output.list(f"{VERSIONS}/"))
-    output.delete_keys(key for key in below if not _NAME.fullmatch(key))
+    for folder in _folders(output):
+        output.delete(f"{VERSIONS}/{folder}")
 
 
 def restore(output: Store, number: int) -> Run:
@@ -231,6 +226,16 @@ def open_result(output: Store, s3: S3Settings) -> tuple[Run | None, Store]:
 def _records(output: Store) -> list[tuple[int, Entry]]:
     found = ((_NAME.fullmatch(entry.key), entry) for entry in output.list(f"{VERSIONS}/0"))
     return [(int(name[1]), entry) for name, entry in found if name]
+
+
+def _folders(output: Store) -> dict[str, datetime]:
+    """Return the folders of versions, and when something was last written into each."""
+    touched: dict[str, datetime] = {}
+    for entry in output.list(f"{VERSIONS}/"):
+        folder, slash, _ = entry.key.removeprefix(f"{VERSIONS}/").partition("/")
+        if slash:
+            touched[folder] = max(entry.modified, touched.get(folder, entry.modified))
+    return touched
 
 
 def _record(number: int) -> str:
