@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.storage import BucketStore
-from pipeline.versions import all_versions, copy_newest
-from tests.versioned import DyingBucket, Killed, again, copied, make, seen
+from pipeline.versions import RESULT, all_versions, copy_newest
+from tests.versioned import NAMES, DyingBucket, Killed, again, copied, make, seen
 
 
 def test_a_reader_sees_one_whole_result_through_publishes_and_kills(bucket: BucketStore) -> None:
@@ -36,7 +36,7 @@ def test_a_reader_sees_one_whole_result_through_publishes_and_kills(bucket: Buck
         finally:
             over.set()
         reader.result()
-    assert killed > 20, "at each step once, then to the end"
+    assert killed == 3 + len(RESULT) + len(NAMES), "at each step once, then to the end"
     assert None not in looks
     assert seen(store) == f"run-{killed}"
     assert copied(store) == {f"run-{killed}".encode()}
