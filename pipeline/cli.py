@@ -13,7 +13,7 @@ import typer
 from pipeline import __version__, versions
 from pipeline.console import err, explain, observing, out, summary, versions_told
 from pipeline.engine.session import read_settings
-from pipeline.errors import FruitsError, NoImagesError, PCAError, StorageError
+from pipeline.errors import FruitsError, NoImagesError, PCAError, StateError, StorageError
 from pipeline.job import Choices
 from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
@@ -234,6 +234,7 @@ def results(
     restore: Annotated[
         bool, typer.Option("--restore", help="Publish the version of --at again, as the newest.")
     ] = False,
+    single_writer: SingleWriter = False,
     debug: Debug = False,
 ) -> None:
     """List the versions of a result, look at one, or go back to one."""
@@ -241,10 +242,13 @@ def results(
     if restore:
         if at is None:
             raise typer.BadParameter("expected --at N with --restore.", param_hint="--restore")
-        again = versions.restore(store, at)
+        again = versions.restore(store, at, single_writer=single_writer)
         out.print(f"Version {at} is the newest again, as version {again.version}.")
     elif at is None:
-        out.print(versions_told(versions.all_versions(store)))
+        found = versions.all_versions(store)
+        if not found:
+            raise StateError(f"expected versions of a result in {output}, found none. fruits run.")
+        out.print(versions_told(found))
     else:
         run = versions.at(store, at)
         out.print(summary(run, str(store.address / versions.folder_of(run))))

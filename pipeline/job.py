@@ -29,7 +29,7 @@ from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
-from pipeline.versions import RECORD, RESULT, copy_newest, delete_all, lacking, prune, publish
+from pipeline.versions import RECORD, copy_newest, delete_all, lacking, prune, publish
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Job:
                 f"expected a complete feature table of {self.model.id} in {self.output}, found "
                 f"none. Compute it: fruits features IMAGES {self.output}"
             )
+        self._check_writes()
         with self.journal.stage("spark"):
             spark = self.spark()
         known = self.table.known(snapshot)
@@ -150,9 +151,7 @@ class Job:
         images = open_store(self.images, self.s3)
         with self.journal.stage("features"), self._workplace(Listing((), 0, "")) as work:
             had_rows = remove_rows(self.spark(), self.table, images, paths, work)
-        delete_all(self.store)
-        for name in (RECORD, *RESULT):
-            self.store.delete(name)
+        delete_all(self.store, single_writer=self.choices.single_writer)
         return erase(self.table, paths, had_rows, self.journal.run_id)
 
     def _check_output(self) -> Run | None:
@@ -215,6 +214,7 @@ class Job:
         run = replace(run, timings=self.journal.with_total(), finished=now())
         self.store.write(RECORD, run.to_bytes())
         copy_newest(self.store)
+        prune(self.store)
         return run
 
     def _compute(self, base: Snapshot | None, listing: Listing) -> Pass:
@@ -254,7 +254,6 @@ class Job:
             raise NoImagesError(self._why_none(done))
         with self.journal.stage("pca"):
             if not done.known.running.is_exact:
-                self._check_writes()
                 done = recount(self.spark(), self.table, done)
             running = done.known.running
             pca = PCA.fit(

@@ -15,8 +15,8 @@ from pathlib import Path
 from pipeline.errors import OutputTakenError, StorageError
 from pipeline.networks.model import Model
 from pipeline.record import Run
-from pipeline.storage import Address, BucketStore, Store
-from pipeline.versions import RECORD, RESULT, VERSIONS, current
+from pipeline.storage import TEMPORARY, Address, BucketStore, Store
+from pipeline.versions import OLD_PLACE, RECORD, RESULT, VERSIONS, current
 
 WORK = "_work"
 
@@ -116,6 +116,8 @@ def _foreign_content(output: Store, model_id: str) -> str | None:
             found = rest.partition("/")[0]
             if found != model_id:
                 return f"features of the model {found}, not of {model_id}"
-        elif top not in {*RESULT, VERSIONS, WORK, RECORD}:
+        elif top not in {*RESULT, VERSIONS, OLD_PLACE, WORK, RECORD} and not top.startswith(
+            TEMPORARY
+        ):
             return f"something else ({entry.key})"
     return None

@@ -31,6 +31,10 @@ TAKEN = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 SMALLEST_PART = 8 << 20  # bytes; S3 takes no smaller part than 5 MiB, but for the last
 
 
+TEMPORARY = ".write-"  # how the name of a file begins that is being written
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
+
+
 @dataclass(frozen=True)
 class S3Settings:
     """How to reach S3; every field None means AWS itself with the machine's own role."""
@@ -199,7 +203,7 @@ class FolderStore:
         target = self.folder / key
         with _readable_os_errors(self.address / key):
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".write-")
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
             os.close(handle)
             temporary = Path(name)
             try:
@@ -214,16 +218,15 @@ class FolderStore:
         target = self.folder / key
         with _readable_os_errors(self.address / key):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".write-") as temporary:
-                Path(temporary.name).write_bytes(content)
-                Path(temporary.name).chmod(0o644)
-                try:
-                    target.hardlink_to(temporary.name)
-                except FileExistsError:
-                    return False
-                except OSError:  # a file system that has no links
-                    return _create(target, content)
-        return True
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
+            os.close(handle)
+            temporary = Path(name)
+            try:
+                temporary.write_bytes(content)
+                temporary.chmod(0o644)
+                return _link(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def copy(self, source: str, target: str) -> None:
         """Copy beside the target, then rename."""
@@ -295,12 +298,20 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _create(target: Path, content: bytes) -> bool:
+def _link(temporary: Path, target: Path) -> bool:
+    """Give a file a second name, unless that is taken."""
     try:
-        with target.open("xb") as file:
-            file.write(content)
+        target.hardlink_to(temporary)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            target.open("xb").close()  # empty for a moment: not written yet
+        except FileExistsError:
+            return False
+        temporary.replace(target)
     return True
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from itertools import pairwise
 
-from pipeline.errors import StateError
+from pipeline.errors import StateError, StorageError
 from pipeline.record import Run
-from pipeline.storage import Entry, S3Settings, Store, open_store
+from pipeline.storage import TEMPORARY, Entry, S3Settings, Store, open_store
 
 RECORD = "run.json"
 RESULT = (
@@ -31,6 +32,7 @@ RESULT = (
     "report.html",
 )
 VERSIONS = "versions"
+OLD_PLACE = "_next"  # where results were prepared before there were versions
 KEPT = 3  # versions
 YOUNG = timedelta(days=1)  # what is younger is kept, too: somebody may be reading it
 COPIED_AGAIN = 20  # times, while other runs publish
@@ -45,8 +47,10 @@ def folder_of(run: Run) -> str:
 
 def newest(output: Store) -> Run | None:
     """Return the record of the current version, None where there is none."""
-    kept = [number for number, entry in _records(output) if entry.length > len(_PRUNED)]
-    return at(output, max(kept)) if kept else None
+    for number in sorted((number for number, _ in _records(output)), reverse=True):
+        if (run := _read(output, number)) is not None:
+            return run
+    return None
 
 
 def at(output: Store, number: int) -> Run:
@@ -57,20 +61,21 @@ def at(output: Store, number: int) -> Run:
     StateError
         When there is none of this number, or it is pruned.
     """
-    content = output.read(_record(number))
-    if content in (None, _PRUNED):
-        kept = ", ".join(str(n) for n, e in _records(output) if e.length > len(_PRUNED))
+    run = _read(output, number)
+    if run is None:
+        pruned = number in (known for known, _ in _records(output))
+        kept = ", ".join(str(run.version) for _, run in all_versions(output))
         raise StateError(
             f"expected version {number} in {output.address}, found "
-            f"{'that it is pruned' if content else 'none'}. There are: {kept or 'none'}."
+            f"{'that it is pruned' if pruned else 'none'}. There are: {kept or 'none'}."
         )
-    return Run.from_bytes(content or b"", f"{output.address}/{_record(number)}")
+    return run
 
 
 def all_versions(output: Store) -> list[tuple[datetime, Run]]:
     """Return when each version that is kept was published, and its record, the newest last."""
-    kept = [(n, e.modified) for n, e in _records(output) if e.length > len(_PRUNED)]
-    return [(published, at(output, number)) for number, published in sorted(kept)]
+    found = ((entry.modified, _read(output, number)) for number, entry in _records(output))
+    return [(published, run) for published, run in found if run is not None]
 
 
 def files_below(output: Store, folder: str) -> dict[str, int]:
@@ -102,41 +107,50 @@ def publish(
     StateError
         When a part is not there, or the table has changed: nothing is published then.
     """
-    files = files_below(output, run.folder)
+    found = files_below(output, run.folder)
+    files = {name: size for name, size in found.items() if name.partition("/")[0] in RESULT}
     for part in RESULT:
-        if not any(name == part or name.startswith(f"{part}/") for name in files):
+        if not any(name.partition("/")[0] == part for name in files):
             raise StateError(
                 f"expected {part} in {output.address}/{folder_of(run)}, found it gone. Run again: "
                 "the features are kept."
             )
-    while is_current():
-        number = max((number for number, _ in _records(output)), default=0) + 1
+    while True:
+        # First the number: whoever changes the table and publishes after this look has taken it.
+        number = _next_number(output)
+        if not is_current():
+            raise StateError(
+                f"another run has changed the feature table below {output.address} since this one "
+                "read it; its result is the newer one. No feature is lost. Run again to be sure."
+            )
         run = replace(run, version=number, files=files)
-        name, content = _record(number), run.to_bytes()
-        if single_writer:
-            output.write(name, content)
+        if _claim(output, number, run.to_bytes(), single_writer=single_writer):
             return run
-        # A write whose answer was lost was sent again, and refused for its own sake.
-        if output.write_new(name, content) or output.read(name) == content:
-            return run
-    raise StateError(
-        f"another run has changed the feature table below {output.address} since this one read it; "
-        "its result is the newer one. Nothing of this run's features is lost. Run again to be sure."
-    )
 
 
 def copy_newest(output: Store) -> None:
     """Bring the copies at their fixed places to the newest version."""
-    for _ in range(COPIED_AGAIN):
+    disturbed = False
+    for turn in range(1, COPIED_AGAIN + 1):
         run = newest(output)
-        if run is None or _is_copied(output, run):
+        if run is None or (not disturbed and _is_copied(output, run)):
             return
-        output.delete(RECORD)
-        for part in RESULT:
-            output.delete(part)
-        for name in sorted(run.files, key=lambda name: name.endswith("/_SUCCESS")):
-            output.copy(f"{folder_of(run)}/{name}", name)  # that marker is true once all is there
-        output.write(RECORD, run.to_bytes())
+        try:
+            _copy(output, run)
+        except StorageError:  # who else copies, or forgets, has taken something away
+            if turn == COPIED_AGAIN:
+                raise
+        after = newest(output)
+        disturbed = after is not None and after.version != run.version
+
+
+def _copy(output: Store, run: Run) -> None:
+    output.delete(RECORD)
+    for part in RESULT:
+        output.delete(part)
+    for name in sorted(run.files, key=lambda name: name.endswith("/_SUCCESS")):
+        output.copy(f"{folder_of(run)}/{name}", name)  # that marker is true once all is there
+    output.write(RECORD, run.to_bytes())
 
 
 def _is_copied(output: Store, run: Run) -> bool:
@@ -147,47 +161,69 @@ def _is_copied(output: Store, run: Run) -> bool:
         told = Run.from_bytes(content, f"{output.address}/{RECORD}")
     except StateError:
         return False
-    there = {entry.key: entry.length for part in RESULT for entry in _below(output, part)}
-    return (told.version, told.folder) == (run.version, run.folder) and there == run.files
+    there = {entry.key: entry for part in RESULT for entry in _below(output, part)}
+    written = _below(output, RECORD)
+    is_last = written and all(entry.modified <= written[0].modified for entry in there.values())
+    sizes = {name: entry.length for name, entry in there.items()}
+    return bool(is_last) and (told.version, told.folder, sizes) == (
+        run.version,
+        run.folder,
+        run.files,
+    )
 
 
-def _below(output: Store, part: str) -> Iterator[Entry]:
-    yield from (e for e in output.list(part) if e.key == part or e.key.startswith(f"{part}/"))
+def _below(output: Store, part: str) -> list[Entry]:
+    return [e for e in output.list(part) if e.key == part or e.key.startswith(f"{part}/")]
 
 
 def prune(output: Store, kept: int = KEPT, young: timedelta = YOUNG) -> None:
-    """Delete old versions, and what a killed run left without a record.
+    """Delete old versions, and what a killed run left.
 
     Parameters
     ----------
     kept
         So many of the newest stay.
     young
-        What is younger stays, too.
+        What was current, or written, within this time stays, too. It is measured by the clock of
+        the store: from when `run.json` was written.
     """
-    since = datetime.now(UTC) - young
-    records = sorted(_records(output), key=lambda found: found[0])
-    live = [(number, entry) for number, entry in records if entry.length > len(_PRUNED)]
-    stale = [
-        number for number, entry in live[: max(0, len(live) - kept)] if entry.modified <= since
-    ]
-    named = {at(output, number).folder for number, _ in live if number not in stale}
-    for number in stale:
-        output.write(_record(number), _PRUNED)
+    written = _below(output, RECORD)
+    if not written:
+        return
+    since = written[0].modified - young
+    live = [(n, e) for n, e in _records(output) if _read(output, n) is not None]
+    # A version was current until the next one came.
+    for (number, _), (_, after) in list(pairwise(live))[: max(0, len(live) - kept)]:
+        if after.modified <= since:
+            output.write(_record(number), _PRUNED)
+    named = {run.folder for _, run in all_versions(output)}
     for folder, touched in _folders(output).items():
         if folder not in named and touched <= since:
             output.delete(f"{VERSIONS}/{folder}")
+    output.delete_keys(entry.key for entry in _left_over(output) if entry.modified <= since)
 
 
-def delete_all(output: Store) -> None:
-    """Delete the files of every version; the numbers stay used."""
+def delete_all(output: Store, *, single_writer: bool = False) -> None:
+    """Delete every version, the copies, and what killed runs left; the numbers stay used."""
+    # A run that is about to publish has looked for its number: it must not get it.
+    while not _claim(output, _next_number(output), _PRUNED, single_writer=single_writer):
+        pass
     for number, _ in _records(output):
         output.write(_record(number), _PRUNED)
     for folder in _folders(output):
         output.delete(f"{VERSIONS}/{folder}")
+    for name in (RECORD, *RESULT):
+        output.delete(name)
+    output.delete_keys(entry.key for entry in _left_over(output))
 
 
-def restore(output: Store, number: int) -> Run:
+def _left_over(output: Store) -> Iterator[Entry]:
+    """Yield what a killed run has left beside versions; older projects prepared in `_next/`."""
+    for prefix in (TEMPORARY, f"{VERSIONS}/{TEMPORARY}", f"{OLD_PLACE}/"):
+        yield from output.list(prefix)
+
+
+def restore(output: Store, number: int, *, single_writer: bool = False) -> Run:
     """Publish the files of an older version once more, as the newest; the table stays as it is.
 
     Raises
@@ -196,12 +232,17 @@ def restore(output: Store, number: int) -> Run:
         When there is no such version, or a file of it is gone.
     """
     run = at(output, number)
-    gone = lacking(output, run)
-    if gone:
-        raise StateError(f"expected {gone[0]} in {output.address}/{folder_of(run)}, found it gone.")
-    again = publish(output, run, lambda: True)
+    _check_whole(output, run)
+    again = publish(output, run, lambda: True, single_writer=single_writer)
+    _check_whole(output, again)  # another run may have pruned it meanwhile
     copy_newest(output)
+    prune(output)
     return again
+
+
+def _check_whole(output: Store, run: Run) -> None:
+    if gone := lacking(output, run):
+        raise StateError(f"expected {gone[0]} in {output.address}/{folder_of(run)}, found it gone.")
 
 
 def current(output: Store) -> Run | None:
@@ -224,8 +265,31 @@ def open_result(output: Store, s3: S3Settings) -> tuple[Run | None, Store]:
 
 
 def _records(output: Store) -> list[tuple[int, Entry]]:
+    """Return the numbers that are used, in order."""
     found = ((_NAME.fullmatch(entry.key), entry) for entry in output.list(f"{VERSIONS}/0"))
-    return [(int(name[1]), entry) for name, entry in found if name]
+    return sorted(((int(name[1]), entry) for name, entry in found if name), key=lambda one: one[0])
+
+
+def _next_number(output: Store) -> int:
+    return max((number for number, _ in _records(output)), default=0) + 1
+
+
+def _claim(output: Store, number: int, content: bytes, *, single_writer: bool) -> bool:
+    """Write the record of a number, unless somebody else has it."""
+    name = _record(number)
+    if single_writer:
+        output.write(name, content)
+        return True
+    # A write whose answer was lost was sent again, and refused for its own sake.
+    return output.write_new(name, content) or (content != _PRUNED and output.read(name) == content)
+
+
+def _read(output: Store, number: int) -> Run | None:
+    """Return the record of a version, None where it is pruned, or not written yet."""
+    content = output.read(_record(number))
+    if content in (None, b"", _PRUNED):
+        return None
+    return Run.from_bytes(content or b"", f"{output.address}/{_record(number)}")
 
 
 def _folders(output: Store) -> dict[str, datetime]:

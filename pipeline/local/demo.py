@@ -131,10 +131,12 @@ def copy_result(output: Store, s3: S3Settings, folder: Path) -> Run:
     if run is None:
         raise StateError(f"expected a result in {output.address}, found none. Make one: fruits run")
     with replacing(folder) as fresh:
-        for name in RESULT:
-            for entry in source.list(name):
-                file = fresh / entry.key
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(source.read(entry.key) or b"")
+        for name in run.files or [entry.key for part in RESULT for entry in source.list(part)]:
+            content = source.read(name)
+            if content is None or len(content) != run.files.get(name, len(content)):
+                raise StateError(f"expected {name} in {source.address}, found it gone. Run again.")
+            file = fresh / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
         (fresh / RECORD).write_bytes(run.to_bytes())
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -244,7 +245,15 @@ def test_a_copy_replaces_what_was_there(store: FolderStore) -> None:
     assert keys(store) == ["a", "b/c"]
 
 
-def test_a_new_object_is_written_once(store: FolderStore) -> None:
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_object_is_written_once(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
     assert store.write_new("a/one", b"first")
     assert not store.write_new("a/one", b"second")
     assert store.read("a/one") == b"first"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StateError
+from pipeline.errors import StateError, StorageError
 from pipeline.storage import Address, FolderStore, S3Settings
 from pipeline.versions import (
     RESULT,
@@ -102,6 +102,45 @@ def test_the_second_of_two_takes_the_next_number(
     assert at(output, 1).run_id == "theirs"
 
 
+def test_a_run_that_was_overtaken_after_its_look_at_the_table_publishes_nothing(
+    output: FolderStore,
+) -> None:
+    overtaking = iter(["newer"])
+
+    def is_current() -> bool:
+        if name := next(overtaking, None):
+            make(output, name)
+            return True
+        return False
+
+    with pytest.raises(StateError, match="another run has changed the feature table"):
+        make(output, "older", is_current)
+    assert (seen(output), copied(output)) == ("newer", {b"newer"})
+
+
+def test_what_others_take_away_while_copies_are_made_is_no_error(
+    output: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, lost = FolderStore.copy, iter([True, True])
+
+    def disturbed(store: FolderStore, source: str, target: str) -> None:
+        if next(lost, False):
+            raise StorageError("No such file or directory")
+        copy(store, source, target)
+
+    monkeypatch.setattr(FolderStore, "copy", disturbed)
+    make(output, "first")
+    assert copied(output) == {b"first"}
+
+
+def test_a_file_that_came_late_is_no_part_of_a_version(output: FolderStore) -> None:
+    prepare(output, "first")
+    output.write("versions/first/csv-0123/000001.csv", b"first")
+    make(output, "first")
+    assert (seen(output), copied(output)) == ("first", {b"first"})
+    assert output.read("csv-0123/000001.csv") is None
+
+
 def test_a_run_whose_table_has_changed_publishes_nothing(output: FolderStore) -> None:
     make(output, "first")
     with pytest.raises(StateError, match="another run has changed the feature table"):
@@ -131,7 +170,7 @@ def test_old_versions_go_and_their_numbers_stay(output: FolderStore) -> None:
     prepare(output, "killed")
     prune(output)
     assert len(all_versions(output)) == 5, "a day has not passed"
-    for file in Path(output.address.path).rglob("*"):
+    for file in Path(output.address.path, "versions").rglob("*"):
         os.utime(file, (0, 0))
     prepare(output, "at-work")
     prune(output)
@@ -144,8 +183,8 @@ def test_old_versions_go_and_their_numbers_stay(output: FolderStore) -> None:
     }  # fmt: skip
     delete_all(output)
     files = [file.name for file in Path(output.address.path, "versions").rglob("*.*")]
-    assert sorted(files) == [f"{number:08d}.json" for number in range(1, 6)]
-    assert (newest(output), make(output, "six").version) == (None, 6)
+    assert sorted(files) == [f"{number:08d}.json" for number in range(1, 7)]
+    assert (newest(output), make(output, "after").version) == (None, 7)
 
 
 def test_an_older_version_can_be_the_newest_again(output: FolderStore) -> None:
