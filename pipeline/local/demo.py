@@ -133,8 +133,12 @@ def copy_result(output: Store, s3: S3Settings, folder: Path) -> Run:
     with replacing(folder) as fresh:
         for name in run.files or [entry.key for part in RESULT for entry in source.list(part)]:
             content = source.read(name)
-            if content is None or len(content) != run.files.get(name, len(content)):
-                raise StateError(f"expected {name} in {source.address}, found it gone. Run again.")
+            found = None if content is None else len(content)
+            if content is None or found != run.files.get(name, found):
+                raise StateError(
+                    f"expected {name} in {source.address} as run.json has it, found "
+                    f"{'none' if found is None else f'{found:,} bytes'}. Run the job again."
+                )
             file = fresh / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)

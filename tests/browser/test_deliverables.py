@@ -211,8 +211,17 @@ def test_a_matrix_that_lacks_rows_is_told(executed: Path, result: Address, tmp_p
     shutil.copytree(executed / "result", short)
     lines = (short / "matrix.csv").read_text().splitlines(keepends=True)
     (short / "matrix.csv").write_text("".join(lines[:-1]))
-    with pytest.raises(DeliverableError, match=r"120 rows.*matrix\.csv, found 119"):
+
+    def build() -> None:
         build_deliverables(
             NAME, executed / "fruits.ipynb", Address.parse(str(short)), S3Settings(), tmp_path
         )
+
+    with pytest.raises(StateError, match=r"expected matrix\.csv in .* as run\.json has it"):
+        build()
+    run = json.loads((short / "run.json").read_text())
+    run["files"]["matrix.csv"] = (short / "matrix.csv").stat().st_size
+    (short / "run.json").write_text(json.dumps(run))
+    with pytest.raises(DeliverableError, match=r"120 rows.*matrix\.csv, found 119"):
+        build()
     assert not list(tmp_path.glob("P8_*"))
