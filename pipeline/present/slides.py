@@ -102,8 +102,8 @@ def build_presentation(
     run, files = open_result(open_store(result, s3), s3)
     if run is None:
         raise StateError(
-            f"expected the result of a run in {result}, found no run.json. Make one (make demo), or "
-            "name yours: OUTPUT=folder or OUTPUT=s3a://bucket/result"
+            f"expected the result of a run in {result}, found no run.json. Make one (make demo), "
+            "or name yours: OUTPUT=folder or OUTPUT=s3a://bucket/result"
         )
     page = _page(run, files, author, credit)
     html, pdf = target.with_suffix(".html"), target.with_suffix(".pdf")
