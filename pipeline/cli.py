@@ -247,7 +247,10 @@ def results(
     elif at is None:
         found = versions.all_versions(store)
         if not found:
-            raise StateError(f"expected versions of a result in {output}, found none. fruits run.")
+            raise StateError(
+                f"expected versions of a result in {output}, found none. Make one: fruits run "
+                f"IMAGES {output}"
+            )
         out.print(versions_told(found))
     else:
         run = versions.at(store, at)

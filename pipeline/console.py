@@ -129,7 +129,8 @@ def summary(run: Run, where: str) -> Table:
 
 def versions_told(found: Sequence[tuple[datetime, Run]]) -> Table:
     """Return the versions of a result as a table, the newest first."""
-    table = Table("version", "published", "images", "components", "variance kept", "run", box=None)
+    table = Table("version", "published", "images", "components", "variance kept", box=None)
+    table.add_column("run", no_wrap=True, min_width=23)
     for published, run in reversed(found):
         table.add_row(
             str(run.version),
