@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from pipeline.table.feature_table import CODEC
-
 DIMENSIONS = 1280
 
 
@@ -17,12 +15,12 @@ def write_random_features(
     uri: str,
     rows: int,
     *,
-    packed: bool,
+    codec: str,
     rank: int = 100,
     files: int = 8,
     seed: int = 360,
 ) -> None:
-    """Write a Parquet table with a column `features`: 1,280 float32, as bytes or as a list.
+    """Write a Parquet table with a column `features`: lists of 1,280 float32.
 
     Each row is a point of a `rank`-dimensional space whose axes get slowly shorter, plus noise in
     all dimensions, plus a mean that is not zero. The same arguments give the same rows.
@@ -38,14 +36,10 @@ def write_random_features(
             random = np.random.default_rng([seed, first])
             points = random.normal(size=(n, rank)) @ (lengths * axes[:rank]) + axes[rank]
             noisy = (points + 0.5 * random.normal(size=points.shape)).astype(np.float32)
-            if packed:
-                column = pa.array([row.tobytes() for row in noisy], pa.binary())
-            else:
-                ends = np.arange(0, n + 1, dtype=np.int32) * DIMENSIONS
-                column = pa.ListArray.from_arrays(ends, pa.array(noisy.ravel()))
+            ends = np.arange(0, n + 1, dtype=np.int32) * DIMENSIONS
+            column = pa.ListArray.from_arrays(ends, pa.array(noisy.ravel()))
             yield pa.RecordBatch.from_arrays([column], ["features"])
 
     numbers = spark.range(0, rows, numPartitions=files)
-    schema = "features binary" if packed else "features array<float>"
-    codec = CODEC if packed else "zstd"  # as the feature table has it; Spark's settings otherwise
-    numbers.mapInArrow(generate, schema).write.option("compression", codec).parquet(uri)
+    rows_made = numbers.mapInArrow(generate, "features array<float>")
+    rows_made.write.option("compression", codec).parquet(uri)
