@@ -270,9 +270,7 @@ def recount(spark: SparkSession, table: FeatureTable, done: Pass) -> Pass:
     """Count all rows anew, where what is known of them has lost its last digits."""
     known = count(spark, table, done.snapshot)
     snapshot = table.note(done.snapshot, known)
-    last = table.last_pass()
-    if last is not None and last.state == done.snapshot.state:
-        table.keep_pass(replace(last, state=str(snapshot.state)))
+    table.carry_pass(done.snapshot, snapshot)
     return replace(done, snapshot=snapshot, known=known, recounted=True)
 
 

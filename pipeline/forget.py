@@ -72,24 +72,14 @@ def remove_rows(
     known = table.known(snapshot)
     if known is None:
         raise StateError("what is known of the table's rows is lost. Run fruits run first.")
-    touched = _rows_of(spark, table, snapshot, frozenset(paths), work)
+    gone, made = frozenset(paths), snapshot
+    touched = _rows_of(spark, table, snapshot, gone, work)
     if touched:
         rewrite = Rewrite(table.parts, work, [], uuid.uuid4().hex, table.model.dimensions)
         told = for_each(spark, touched, rewrite, WRITTEN).toArrow().cast(WRITTEN)
         made, _ = table.commit(snapshot, known, told)
-        _keep_pass(table, frozenset(paths), str(snapshot.state), str(made.state))
-    else:
-        _keep_pass(table, frozenset(paths), str(snapshot.state), str(snapshot.state))
+    table.carry_pass(snapshot, made, without=gone)
     return sum(one.gone for one in touched)
-
-
-def _keep_pass(table: FeatureTable, paths: frozenset[str], before: str, after: str) -> None:
-    """Take the last pass to the new state, and the images out of those it could not read."""
-    last = table.last_pass()
-    if last is not None:
-        state = after if last.state == before else last.state
-        unreadable = tuple(path for path in last.unreadable if path not in paths)
-        table.keep_pass(replace(last, state=state, unreadable=unreadable))
 
 
 def _rows_of(

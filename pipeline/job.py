@@ -23,7 +23,7 @@ from pipeline.networks.model import Model
 from pipeline.output import WORK, check_exclusive_writes, check_output, check_run
 from pipeline.pca import PCA
 from pipeline.record import FORMAT, Counts, Made, PCAOptions, Run
-from pipeline.result.make import make_result
+from pipeline.result.make import Making
 from pipeline.result.overview import quarantine
 from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open_store
 from pipeline.table.delta import Snapshot
@@ -263,9 +263,9 @@ class Job:
                 standardize=self.pca.standardize,
                 largest=running.largest,
             )
-        run = make_result(
+        run = Making(
             self.spark(), self.table, done, pca, self.pca, self.reader, self.store, self.journal
-        )
+        ).make()
         timings = self.journal.with_total()
         made = Made(run.run_id, timings, run.counts.computed)
         self.observer.stage("publish")

@@ -1,10 +1,12 @@
-"""What lies in an OUTPUT, whose it is, and how a result takes its place there.
+"""What lies in an OUTPUT, and whose it is.
 
-features/    the feature tables, one for each model (table/)
-matrix.csv, matrix.parquet/, report.html ...    the result
-run.json     its record; it comes last
-_next/       a result that is being prepared
-_work/       what a run at work keeps for itself
+    features/    the feature tables, one for each model (table/)
+    versions/    results, the newest and some older ones (versions.py)
+    matrix.csv, matrix.parquet/, report.html ...    copies of the newest result
+    run.json     its record; it comes last
+    _work/       what a run at work keeps for itself
+
+An OUTPUT is free, of this job's earlier runs, or of something else that must stay.
 """
 
 from __future__ import annotations
@@ -76,11 +78,8 @@ def check_exclusive_writes(output: BucketStore, key: str) -> None:
     StorageError
         When this S3 takes both.
     """
-    content = secrets.token_bytes(16)
     try:
-        first, second = (output.write_new(key, content) for _ in range(2))
-        # A PUT whose answer was lost was tried again, and refused for its own sake.
-        first = first or output.read(key) == content
+        first, second = (output.write_new(key, secrets.token_bytes(16)) for _ in range(2))
     finally:
         output.delete(key)
     if not first or second:

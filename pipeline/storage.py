@@ -200,31 +200,27 @@ class FolderStore:
         self._write(key, lambda temporary: shutil.copy2(file, temporary))
 
     def _write(self, key: str, fill: Callable[[Path], object]) -> None:
-        target = self.folder / key
+        with self._filled(key, fill) as temporary:
+            temporary.replace(self.folder / key)
+
+    def write_new(self, key: str, content: bytes) -> bool:
+        """Write beside the target, then link: a link never takes the place of a file."""
+        with self._filled(key, lambda temporary: temporary.write_bytes(content)) as temporary:
+            return _link(temporary, self.folder / key)
+
+    @contextmanager
+    def _filled(self, key: str, fill: Callable[[Path], object]) -> Iterator[Path]:
+        """Yield a new file beside a key's, which is gone at the end if it was not moved."""
+        folder = (self.folder / key).parent
         with _readable_os_errors(self.address / key):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
             os.close(handle)
             temporary = Path(name)
             try:
                 fill(temporary)
                 temporary.chmod(0o644)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def write_new(self, key: str, content: bytes) -> bool:
-        """Write beside the target, then link: a link never takes the place of a file."""
-        target = self.folder / key
-        with _readable_os_errors(self.address / key):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
-            os.close(handle)
-            temporary = Path(name)
-            try:
-                temporary.write_bytes(content)
-                temporary.chmod(0o644)
-                return _link(temporary, target)
+                yield temporary
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -375,14 +371,18 @@ class BucketStore:
             self.client.put_object(Bucket=self.bucket, Key=self._full(key), Body=content)
 
     def write_new(self, key: str, content: bytes) -> bool:
-        """PUT one object with `If-None-Match: *`: of several at once, one is the first."""
+        """PUT one object with `If-None-Match: *`: of several at once, one is the first.
+
+        A PUT whose answer is lost is sent again, and refused for its own sake: what lies there
+        tells whose it is, so several had better not write the same content.
+        """
         place = {"Bucket": self.bucket, "Key": self._full(key)}
         with self._readable_errors():
             try:
                 self.client.put_object(**place, Body=content, IfNoneMatch="*")
             except self.client.exceptions.ClientError as error:
                 if error.response["Error"]["Code"] in TAKEN:
-                    return False
+                    return self.read(key) == content
                 raise
         return True
 

@@ -191,14 +191,18 @@ def prune(output: Store, kept: int = KEPT, young: timedelta = YOUNG) -> None:
     if not written:
         return
     since = written[0].modified - young
-    live = [(n, e) for n, e in _records(output) if _read(output, n) is not None]
+    live = all_versions(output)
     # A version was current until the next one came.
-    for (number, _), (_, after) in list(pairwise(live))[: max(0, len(live) - kept)]:
-        if after.modified <= since:
-            output.write(_record(number), _PRUNED)
-    named = {run.folder for _, run in all_versions(output)}
-    for folder, touched in _folders(output).items():
-        if folder not in named and touched <= since:
+    superseded = list(pairwise(live))[: max(0, len(live) - kept)]
+    stale = {run.version for (_, run), (after, _) in superseded if after <= since}
+    for number in stale:
+        output.write(_record(number), _PRUNED)
+    named = {run.folder for _, run in live if run.version not in stale}
+    old = [f for f, touched in _folders(output).items() if f not in named and touched <= since]
+    if old:  # somebody may have restored one meanwhile
+        named = {run.folder for _, run in all_versions(output)}
+    for folder in old:
+        if folder not in named:
             output.delete(f"{VERSIONS}/{folder}")
     output.delete_keys(entry.key for entry in _left_over(output) if entry.modified <= since)
 
@@ -280,8 +284,7 @@ def _claim(output: Store, number: int, content: bytes, *, single_writer: bool) -
     if single_writer:
         output.write(name, content)
         return True
-    # A write whose answer was lost was sent again, and refused for its own sake.
-    return output.write_new(name, content) or (content != _PRUNED and output.read(name) == content)
+    return output.write_new(name, content)
 
 
 def _read(output: Store, number: int) -> Run | None:

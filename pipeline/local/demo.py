@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.console import ConsoleObserver, observing, out, summary
 from pipeline.errors import StateError
+from pipeline.job import Choices
 from pipeline.local.given import choose_weights, images_named, open_images
 from pipeline.local.place import Place, make_job, open_place
 from pipeline.networks.catalogue import NETWORKS
@@ -64,7 +65,10 @@ def show(
         converted = beside.submit(flatbuffer, model, file)
         with observing() as observer:
             place = stack.enter_context(place_with_images(folder, observer))
-            job = make_job(place, observer, str(SOURCE), str(TARGET), network, str(file))
+            source, target = str(SOURCE), str(TARGET)
+            job = make_job(
+                place, observer, source, target, network, str(file), INPUT_SIZE, Choices()
+            )
             job.flatbuffer = converted.result
             run = job.run()
             copy_result(job.store, place.s3, output)

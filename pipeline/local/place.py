@@ -18,7 +18,7 @@ from pipeline.job import Choices, Job
 from pipeline.journal import Observer
 from pipeline.local.loopback import loopback_cluster
 from pipeline.networks.catalogue import NETWORKS
-from pipeline.networks.model import INPUT_SIZE, Model, find_weights, flatbuffer, identify
+from pipeline.networks.model import Model, find_weights, flatbuffer, identify
 from pipeline.storage import Address, S3Settings, Store, open_store
 from pipeline.table.feature_table import FeatureTable, models_in
 
@@ -84,8 +84,8 @@ def make_job(
     output: str,
     backbone: str,
     weights: str | None,
-    input_size: int = INPUT_SIZE,
-    choices: Choices = Choices(),  # noqa: B008 - frozen
+    input_size: int,
+    choices: Choices,
 ) -> Job:
     """Return the job from IMAGES to OUTPUT by a network and its weights.
 

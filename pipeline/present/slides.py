@@ -43,7 +43,7 @@ from pipeline.result.page import (
     natural,
     outline,
 )
-from pipeline.result.samples import Samples
+from pipeline.result.samples import Samples, read_part
 from pipeline.storage import Address, S3Settings, Store, open_store
 from pipeline.versions import open_result
 
@@ -178,13 +178,8 @@ def _reveal() -> dict[str, Markup]:
 
 
 def _variance_ratio(store: Store) -> Floats:
-    content = store.read("explained_variance.csv")
-    if content is None:
-        raise StateError(
-            f"expected explained_variance.csv beside run.json in {store.address}, found none. Run "
-            "the job again."
-        )
-    ratio: Floats = pyarrow.csv.read_csv(io.BytesIO(content))["ratio"].to_numpy()
+    table = pyarrow.csv.read_csv(io.BytesIO(read_part(store, "explained_variance.csv")))
+    ratio: Floats = table["ratio"].to_numpy()
     return ratio
 
 

@@ -1,1 +1,1 @@
-"""The page that tells of a run."""
+"""A result: the matrix, what people look at, and the page that tells of the run."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,66 +33,109 @@ from pipeline.versions import VERSIONS
 QUARANTINED_SHOWN = 10_000
 
 
-def make_result(
-    spark: SparkSession,
-    table: FeatureTable,
-    done: Pass,
-    pca: PCA,
-    options: PCAOptions,
-    images: ImageReader,
-    output: Store,
-    journal: Journal,
-) -> Run:
-    """Write a result into the run's folder of `versions/`; return its record, but for its end.
+@dataclass(frozen=True)
+class Making:
+    """A result that is made into the run's folder of `versions/`.
 
-    Parameters
+    Attributes
     ----------
     done
         The pass that left the table as it is.
     pca, options
         The projection, and what was asked for.
     """
-    place = f"{VERSIONS}/{journal.run_id}"
-    with journal.stage("matrix"):
-        write_matrix(spark, table, done.snapshot, done.known.features, pca, output, place)
-        output.write(f"{place}/explained_variance.csv", explained_variance_csv(pca))
-        output.write(f"{place}/model/pca.npz", pca.to_bytes())
-        bad = _write_quarantine(spark, table, done, output, place)
-    with journal.stage("report"):
-        overview = look_at(spark, table, done.snapshot)
-        run = _describe(spark, table, done, overview, pca, options, images, output, journal)
-        samples = Samples(
-            points_of(spark, output.address / f"{place}/matrix.parquet", run.pca.rows, pca.k),
-            pictures_of(overview.labels, images),
+
+    spark: SparkSession
+    table: FeatureTable
+    done: Pass
+    pca: PCA
+    options: PCAOptions
+    images: ImageReader
+    output: Store
+    journal: Journal
+
+    @property
+    def place(self) -> str:
+        """Where its files lie below OUTPUT."""
+        return f"{VERSIONS}/{self.journal.run_id}"
+
+    def make(self) -> Run:
+        """Write the files; return the record, but for its end."""
+        spark, table, done, pca = self.spark, self.table, self.done, self.pca
+        output, place = self.output, self.place
+        with self.journal.stage("matrix"):
+            write_matrix(spark, table, done.snapshot, done.known.features, pca, output, place)
+            output.write(f"{place}/explained_variance.csv", explained_variance_csv(pca))
+            output.write(f"{place}/model/pca.npz", pca.to_bytes())
+            bad = self._write_quarantine()
+        with self.journal.stage("report"):
+            overview = look_at(spark, table, done.snapshot)
+            run = self._describe(overview)
+            samples = Samples(
+                points_of(spark, output.address / f"{place}/matrix.parquet", run.pca.rows, pca.k),
+                pictures_of(overview.labels, self.images),
+            )
+            samples.write(output, f"{place}/")
+            report = _report(run, samples, pca, bad)
+            output.write(f"{place}/report.html", report.encode())
+        return run
+
+    def _write_quarantine(self) -> pa.Table:
+        """Write quarantine.csv, and return as much of it as a page shows."""
+        columns = ["path", "stage", "reason"]
+        rows: Iterator[Any] = iter(())
+        if self.done.known.quarantined:
+            frame = quarantine(self.spark, self.table, self.done.snapshot)
+            rows = frame.orderBy("path").toLocalIterator()
+        shown: list[dict[str, Any]] = []
+
+        def passing() -> Iterator[list[Any]]:
+            for row in rows:
+                if len(shown) < QUARANTINED_SHOWN:
+                    shown.append(row.asDict())
+                yield list(row)
+
+        with TemporaryDirectory(prefix="fruits-") as folder:
+            written = Path(folder) / "quarantine.csv"
+            with written.open("w", encoding="utf-8", newline="") as file:
+                write_csv(file, columns, passing())
+            self.output.upload(f"{self.place}/quarantine.csv", written)
+        return pa.Table.from_pylist(shown, pa.schema([(name, pa.string()) for name in columns]))
+
+    def _describe(self, overview: Overview) -> Run:
+        done, pca, journal, context = self.done, self.pca, self.journal, self.spark.sparkContext
+        features, read = done.known.features, done.rows_read
+        seconds = journal.timings.get("features")
+        return Run(
+            run_id=journal.run_id,
+            started=journal.started.isoformat(),
+            finished=now(),
+            images=str(self.images.address),
+            output=str(self.output.address),
+            counts=replace(done.counts, other_makers=overview.other_makers),
+            labels={label.name: label.count for label in overview.labels},
+            model=self.table.model,
+            pca=Fit(
+                k=pca.k,
+                variance=pca.share,
+                requested=self.options,
+                rows=features,
+                fit="full" if read >= features else "grown" if read else "unchanged",
+                rows_read=read,
+                state=done.snapshot.state,
+            ),
+            images_per_second=done.computed / seconds if done.computed and seconds else None,
+            largest_pass=done.largest,
+            timings=dict(journal.timings),
+            made=None,
+            versions=_versions(self.spark),
+            folder=journal.run_id,
+            cluster=Cluster(
+                master=str(context.master),
+                application=context.applicationId,
+                slots=task_slots(self.spark),
+            ),
         )
-        samples.write(output, f"{place}/")
-        report = _report(run, samples, pca, bad)
-        output.write(f"{place}/report.html", report.encode())
-    return run
-
-
-def _write_quarantine(
-    spark: SparkSession, table: FeatureTable, done: Pass, output: Store, place: str
-) -> pa.Table:
-    """Write quarantine.csv, and return as much of it as a page shows."""
-    columns = ["path", "stage", "reason"]
-    rows: Iterator[Any] = iter(())
-    if done.known.quarantined:
-        rows = quarantine(spark, table, done.snapshot).orderBy("path").toLocalIterator()
-    shown: list[dict[str, Any]] = []
-
-    def passing() -> Iterator[list[Any]]:
-        for row in rows:
-            if len(shown) < QUARANTINED_SHOWN:
-                shown.append(row.asDict())
-            yield list(row)
-
-    with TemporaryDirectory(prefix="fruits-") as folder:
-        written = Path(folder) / "quarantine.csv"
-        with written.open("w", encoding="utf-8", newline="") as file:
-            write_csv(file, columns, passing())
-        output.upload(f"{place}/quarantine.csv", written)
-    return pa.Table.from_pylist(shown, pa.schema([(name, pa.string()) for name in columns]))
 
 
 def _report(run: Run, samples: Samples, pca: PCA, bad: pa.Table) -> str:
@@ -100,52 +143,6 @@ def _report(run: Run, samples: Samples, pca: PCA, bad: pa.Table) -> str:
 
     run = replace(run, timings={**run.timings, "total": sum(run.timings.values())})
     return render_report(run, samples, pca.variance_ratio, bad)
-
-
-def _describe(
-    spark: SparkSession,
-    table: FeatureTable,
-    done: Pass,
-    overview: Overview,
-    pca: PCA,
-    options: PCAOptions,
-    images: ImageReader,
-    output: Store,
-    journal: Journal,
-) -> Run:
-    features = done.known.features
-    read = done.rows_read
-    seconds = journal.timings.get("features")
-    return Run(
-        run_id=journal.run_id,
-        started=journal.started.isoformat(),
-        finished=now(),
-        images=str(images.address),
-        output=str(output.address),
-        counts=replace(done.counts, other_makers=overview.other_makers),
-        labels={label.name: label.count for label in overview.labels},
-        model=table.model,
-        pca=Fit(
-            k=pca.k,
-            variance=pca.share,
-            requested=options,
-            rows=features,
-            fit="full" if read >= features else "grown" if read else "unchanged",
-            rows_read=read,
-            state=done.snapshot.state,
-        ),
-        images_per_second=done.computed / seconds if done.computed and seconds else None,
-        largest_pass=done.largest,
-        timings=dict(journal.timings),
-        made=None,
-        versions=_versions(spark),
-        folder=journal.run_id,
-        cluster=Cluster(
-            master=str(spark.sparkContext.master),
-            application=spark.sparkContext.applicationId,
-            slots=task_slots(spark),
-        ),
-    )
 
 
 def _versions(spark: SparkSession) -> dict[str, str]:

@@ -58,17 +58,25 @@ class Samples:
         StateError
             When it has none.
         """
-        scores, kept = (_table(store, name) for name in (SCORES, PICTURES))
+        parts = (io.BytesIO(read_part(store, name)) for name in (SCORES, PICTURES))
+        scores, kept = map(pq.read_table, parts)
         pictures: dict[str, list[bytes]] = {}
         for row in kept.to_pylist():
             pictures.setdefault(row["label"], []).append(row["jpeg"])
         return cls(scores, pictures)
 
 
-def _table(store: Store, name: str) -> pa.Table:
+def read_part(store: Store, name: str) -> bytes:
+    """Return the content of a small file of a result.
+
+    Raises
+    ------
+    StateError
+        When there is none.
+    """
     content = store.read(name)
     if content is None:
         raise StateError(
             f"expected {name} beside run.json in {store.address}, found none. Run the job again."
         )
-    return pq.read_table(io.BytesIO(content))
+    return content

@@ -16,8 +16,8 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -292,6 +292,19 @@ class FeatureTable:
     def keep_pass(self, done: LastPass) -> None:
         """Keep a complete pass."""
         self.output.write(f"{self.root}/pass.json", json.dumps(asdict(done), indent=2).encode())
+
+    def carry_pass(self, before: Snapshot, after: Snapshot, without: Container[str] = ()) -> None:
+        """Let the last pass stand for a newer state, without some images it could not read."""
+        last = self.last_pass()
+        if last is None:
+            return
+        carried = replace(
+            last,
+            state=str(after.state) if last.state == before.state else last.state,
+            unreadable=tuple(path for path in last.unreadable if path not in without),
+        )
+        if carried != last:
+            self.keep_pass(carried)
 
     def images(self) -> Address:
         """Return where the images of the last complete pass lay.

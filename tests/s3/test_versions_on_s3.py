@@ -48,13 +48,14 @@ def test_of_two_who_publish_at_once_both_end_well(bucket: BucketStore) -> None:
         for turn in range(5):
             start = threading.Barrier(2)
 
-            def run(name: str, start: threading.Barrier = start) -> int:
+            def run(name: str, late: float, start: threading.Barrier = start) -> int:
                 mine = again(store)
                 start.wait()
-                time.sleep(0.01 * (hash(name) % 3))
+                time.sleep(late)
                 return make(mine, name).version
 
-            numbers = sorted(pool.map(run, (f"{turn}-one", f"{turn}-other")))
+            names, late = (f"{turn}-one", f"{turn}-other"), (0.01 * (turn % 3), 0.01)
+            numbers = sorted(pool.map(run, names, late))
             assert numbers == [2 * turn + 1, 2 * turn + 2]
             newest = all_versions(store)[-1][1].run_id
             copy_newest(store)

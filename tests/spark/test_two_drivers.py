@@ -37,8 +37,16 @@ def test_of_two_drivers_with_the_same_work_one_commits_it_and_the_other_says_so(
 
     def job(s3: S3Settings) -> Job:
         images, output = bucket.address / "images", bucket.address / "out"
-        made = lambda: flatbuffer  # noqa: E731
-        return Job(images, output, model, made, lambda: spark, s3, Silent(), PCAOptions(2, None))
+        return Job(
+            images,
+            output,
+            model,
+            lambda: flatbuffer,
+            lambda: spark,
+            s3,
+            Silent(),
+            PCAOptions(2, None),
+        )
 
     def put(*varieties: str) -> None:
         for variety in varieties:
