@@ -14,6 +14,7 @@ from pipeline import __version__, versions
 from pipeline.console import err, explain, observing, out, summary, versions_told
 from pipeline.engine.session import read_settings
 from pipeline.errors import FruitsError, NoImagesError, PCAError, StateError, StorageError
+from pipeline.failures import MOST_SHARE
 from pipeline.job import Choices
 from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
@@ -103,6 +104,18 @@ SingleWriter = Annotated[
         "--single-writer", help="For an S3 without conditional writes: one run at a time, by you."
     ),
 ]
+RetryQuarantine = Annotated[
+    bool, typer.Option("--retry-quarantine", help="Try again all images that have no features.")
+]
+MaxUnreadable = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="End where more than 100 images, and than this share of those read for the first "
+        "time, cannot be read.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 ImagesHere = Annotated[
     Path | None,
@@ -132,12 +145,22 @@ def run(
     inventory: InventoryAddress = None,
     allow_removals: AllowRemovals = False,
     recompute: Recompute = False,
+    retry_quarantine: RetryQuarantine = False,
+    max_unreadable: MaxUnreadable = MOST_SHARE,
     single_writer: SingleWriter = False,
     debug: Debug = False,
 ) -> None:
     """Do the whole job: list, features, PCA, matrix. A rerun computes only what is new."""
     manifest = Address.parse(inventory) if inventory else None
-    choices = Choices(manifest, force, allow_removals, recompute, single_writer)
+    choices = Choices(
+        inventory=manifest,
+        force=force,
+        allow_removals=allow_removals,
+        recompute=recompute,
+        single_writer=single_writer,
+        retry_quarantine=retry_quarantine,
+        max_unreadable=max_unreadable,
+    )
     with open_place(master) as place, observing() as observer:
         job = make_job(place, observer, images, output, backbone, weights, input_size, choices)
         job.pca = _pca_options(components, variance, standardize)
@@ -157,12 +180,22 @@ def features(
     inventory: InventoryAddress = None,
     allow_removals: AllowRemovals = False,
     recompute: Recompute = False,
+    retry_quarantine: RetryQuarantine = False,
+    max_unreadable: MaxUnreadable = MOST_SHARE,
     single_writer: SingleWriter = False,
     debug: Debug = False,
 ) -> None:
     """Bring the feature table below OUTPUT up to date with IMAGES, and stop there."""
     manifest = Address.parse(inventory) if inventory else None
-    choices = Choices(manifest, force, allow_removals, recompute, single_writer)
+    choices = Choices(
+        inventory=manifest,
+        force=force,
+        allow_removals=allow_removals,
+        recompute=recompute,
+        single_writer=single_writer,
+        retry_quarantine=retry_quarantine,
+        max_unreadable=max_unreadable,
+    )
     with open_place(master) as place, observing() as observer:
         job = make_job(place, observer, images, output, backbone, weights, input_size, choices)
         counts = job.features()

@@ -19,6 +19,10 @@ class RemovalsError(FruitsError):
     """A listing that lacks so many known images that it may have lost its mind."""
 
 
+class UnreadableError(FruitsError):
+    """So many images that cannot be read that it may not be their fault."""
+
+
 class InventoryError(FruitsError):
     """An S3 Inventory that is damaged, in another format or lacks a column."""
 

@@ -13,8 +13,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,18 +26,20 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.engine.session import task_slots
 from pipeline.errors import StateError
+from pipeline.failures import MOST_SHARE, ReadFailures
 from pipeline.listing.images import Listing
 from pipeline.pca import Tally
 from pipeline.plan import Plan, Touched, check_removals, make_plan
+from pipeline.quarantine import READ, left_alone, word_of
+from pipeline.reading import ImageReader, read_listed
 from pipeline.record import Counts, Speed
-from pipeline.storage import ImageReader
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import (
-    READ,
     WRITTEN,
     FeatureTable,
     Known,
     LastPass,
+    Unread,
     told,
 )
 from pipeline.table.parts import Item, Parts, Slice, cut, for_each, tasks_for
@@ -45,7 +48,7 @@ from pipeline.upkeep import merge_small_files
 
 IMAGES_PER_SLOT_AND_COMMIT = 8192  # about a minute of work: what a killed driver loses at most
 ANSWERS_AT_ONCE = 8  # moments of more tasks than this are merged by the cluster before the driver
-UNREADABLE_TRIED = 32
+MOST_TRIED_HERE = 32  # images that could not be read, by the driver
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def compute_features(
     *,
     allow_removals: bool = False,
     recompute: bool = False,
+    retry_quarantine: bool = False,
+    max_unreadable: float = MOST_SHARE,
 ) -> Pass:
     """Bring the feature table up to date with a listing.
 
@@ -122,13 +127,22 @@ def compute_features(
         Believe a listing that lacks a large part of the images that are known.
     recompute
         Compute again what another version of the decoder or the runtime has made.
+    retry_quarantine
+        Try again all images that have no features.
+    max_unreadable
+        The share of the images read for the first time that may not be readable.
 
     Raises
     ------
     RemovalsError
         When it does, and that is not allowed; nothing is changed then.
+    UnreadableError, StorageError
+        When images cannot be read for what is wrong with the run; the commits before stay.
     """
     began = time.monotonic()
+    previous = table.last_pass()
+    is_daily_due = retry_quarantine or previous is None or previous.is_daily_due
+    tried = time.time() if is_daily_due or previous is None else previous.tried
     slots = task_slots(spark)
     snapshot = base or table.create()
     known = table.known(snapshot)
@@ -141,13 +155,22 @@ def compute_features(
     plan = Plan(listed, [])
     if snapshot.files:
         plan = make_plan(
-            spark, table, snapshot, listed, listing.sure_until, work, recompute=recompute
+            spark,
+            table,
+            snapshot,
+            listed,
+            listing.sure_until,
+            work,
+            left_alone=left_alone(is_daily_due=is_daily_due),
+            recompute=recompute,
+            retry_quarantine=retry_quarantine,
         )
     if not allow_removals:
         check_removals(plan.gone, snapshot.rows, reader.address)
     model = spark.sparkContext.broadcast(flatbuffer)
     done, quarantined = (spark.sparkContext.accumulator(0) for _ in range(2))
     stay = 0
+    failures = ReadFailures(reader, max_unreadable, partial(_some_read, table, snapshot))
     with _reporting(plan.todo, done, quarantined, on_progress):
         for slices, touched in plan.commits(slots * IMAGES_PER_SLOT_AND_COMMIT):
             spark.sparkContext.setJobDescription(
@@ -165,11 +188,11 @@ def compute_features(
                 quarantined,
             )
             answers = _work_on(spark, run, slices, touched)
+            failures.check(answers)
             stay += pc.sum(answers["kept_rows"]).as_py() or 0
             snapshot, known = table.commit(snapshot, known, answers)
     snapshot = merge_small_files(spark, table, snapshot)
     spark.sparkContext.setJobDescription("")
-    previous = table.last_pass()
     largest = previous.largest if previous else None
     if plan.todo and (largest is None or plan.todo >= largest.images):
         largest = Speed(plan.todo, time.monotonic() - began, slots)
@@ -185,7 +208,8 @@ def compute_features(
         str(reader.address),
         listing.ignored,
         largest,
-        _unreadable(spark, table, snapshot) if known.unreadable else (),
+        tried,
+        _unread(spark, table, snapshot, known),
     )
     table.keep_pass(last)
     return Pass(
@@ -219,33 +243,53 @@ def nothing_to_compute(
 ) -> Pass | None:
     """Return the last pass if its table and its listing are those of today, else None.
 
-    A few images that could not be read then are tried first: they may be readable now.
+    Images that could not be read then, and are to be tried again now, are tried first: by this
+    machine, if they are few.
     """
     last = table.last_pass()
     if base is None or last is None or last.state != base.state or last.digest != listing.digest:
         return None
     known = table.known(base)
-    if known is None or any_readable(reader, last.unreadable):
+    if known is None:
         return None
+    is_due = last.is_daily_due
+    alone = left_alone(is_daily_due=is_due)
+    again = [one for one in last.unread if word_of(one.reason) not in alone]
+    if len(again) != known.each_run + (known.daily if is_due else 0):
+        return None  # too many for this machine
+    if any(_is_otherwise(reader, one) for one in again):
+        return None
+    if is_due and again:
+        table.keep_pass(replace(last, tried=time.time()))
     return pass_of(base, known, last)
 
 
-def any_readable(reader: ImageReader, paths: Sequence[str]) -> bool:
-    """Tell whether one of a few images can be read now."""
-    read = reader.open() if paths else None
-    for path in paths:
-        with suppress(OSError, ValueError):
-            if read:
-                read(path)
-                return True
-    return False
+def _is_otherwise(reader: ImageReader, image: Unread) -> bool:
+    """Tell whether an image can be read now, or cannot for another reason."""
+    row = {**image._asdict(), "known_reason": image.reason}
+    try:
+        return word_of(str(read_listed(reader.open())(row))) != word_of(image.reason)
+    except OSError:
+        return False
 
 
-def _unreadable(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> tuple[str, ...]:
-    """Return paths of a few images that could not be read."""
-    rows = table.read(spark, snapshot, ["path", "stage"]).where(sf.col("stage") == READ)
-    some = rows.orderBy(sf.rand()).limit(UNREADABLE_TRIED).collect()
-    return tuple(row["path"] for row in some)
+def _unread(
+    spark: SparkSession, table: FeatureTable, snapshot: Snapshot, known: Known
+) -> tuple[Unread, ...]:
+    """Return the images that could not be read and are tried again, if they are few."""
+    if not 0 < known.each_run + known.daily <= MOST_TRIED_HERE:
+        return ()
+    never = left_alone(is_daily_due=True)
+    rows = table.read(spark, snapshot, [*Unread._fields, "stage"]).where(sf.col("stage") == READ)
+    found = rows.where(~sf.substring_index("reason", ":", 1).isin(never)).collect()
+    return tuple(Unread(*(row[name] for name in Unread._fields)) for row in found)
+
+
+def _some_read(table: FeatureTable, snapshot: Snapshot) -> Iterator[str]:
+    """Yield paths of a few images that were read in passes before."""
+    for file in list(snapshot.files)[:3]:
+        rows = pa.Table.from_batches(list(table.parts.read(file, ["path", "stage"])))
+        yield from rows.filter(pc.is_null(rows["stage"]))["path"].slice(0, 8).to_pylist()
 
 
 def pass_of(snapshot: Snapshot, known: Known, last: LastPass) -> Pass:
@@ -259,7 +303,7 @@ def count(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Known
 
     def counted(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
         for file in files:
-            rows = pa.Table.from_batches(list(parts.read(file, ["features", "stage"])))
+            rows = pa.Table.from_batches(list(parts.read(file, ["features", "stage", "reason"])))
             yield told(1, rows, d)
 
     answers = answers_of(spark, list(snapshot.files), counted)

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from pyspark.sql import SparkSession
 
 from pipeline.errors import NoImagesError, PCAError, StateError
+from pipeline.failures import MOST_SHARE
 from pipeline.features import Pass, compute_features, count, nothing_to_compute, pass_of, recount
 from pipeline.forget import Receipt, erase, remove_rows
 from pipeline.journal import Journal, Observer, now
@@ -22,10 +23,11 @@ from pipeline.listing.inventory import open_inventory
 from pipeline.networks.model import Model
 from pipeline.output import WORK, check_exclusive_writes, check_output, check_run
 from pipeline.pca import PCA
+from pipeline.reading import ImageReader
 from pipeline.record import FORMAT, Counts, Made, PCAOptions, Run
 from pipeline.result.make import Making
 from pipeline.result.overview import quarantine
-from pipeline.storage import Address, BucketStore, ImageReader, S3Settings, open_store
+from pipeline.storage import Address, BucketStore, S3Settings, open_store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
@@ -48,6 +50,10 @@ class Choices:
         Compute again what another version of the decoder or the runtime has made.
     single_writer
         Do without conditional writes, on an S3 that has none: nobody else writes to OUTPUT then.
+    retry_quarantine
+        Try again all images that have no features.
+    max_unreadable
+        The share of the images read for the first time that may not be readable.
     """
 
     inventory: Address | None = None
@@ -55,6 +61,8 @@ class Choices:
     allow_removals: bool = False
     recompute: bool = False
     single_writer: bool = False
+    retry_quarantine: bool = False
+    max_unreadable: float = MOST_SHARE
 
 
 @dataclass
@@ -187,7 +195,9 @@ class Job:
         self, previous: Run | None, base: Snapshot | None, listing: Listing
     ) -> Run | None:
         """Return the previous run, recounted, if this one would only repeat it."""
-        if previous is None or previous.format != FORMAT or self.choices.recompute:
+        if previous is None or previous.format != FORMAT:
+            return None
+        if self.choices.recompute or self.choices.retry_quarantine:
             return None
         if previous.pca.requested != self.pca:
             return None
@@ -235,6 +245,8 @@ class Job:
                 self.observer.progress,
                 allow_removals=self.choices.allow_removals,
                 recompute=self.choices.recompute,
+                retry_quarantine=self.choices.retry_quarantine,
+                max_unreadable=self.choices.max_unreadable,
             )
 
     @contextmanager

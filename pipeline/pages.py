@@ -24,6 +24,8 @@ from botocore.parsers import (
 )
 from botocore.session import get_session
 
+from pipeline.s3_codes import ARCHIVES
+
 PREFIXES_AT_ONCE = 16
 LEVELS = 3  # of folders that are looked through for prefixes to list side by side
 
@@ -38,6 +40,8 @@ class Page(NamedTuple):
     ----------
     keys, lengths, modified, versions
         The key, bytes, time as S3 writes it (`2026-01-31T12:00:00.000Z`) and ETag of each object.
+    archives
+        The storage class of each object that has to be restored before it is given, else None.
     prefixes
         What lies one level below, where a delimiter was given.
     token
@@ -48,12 +52,14 @@ class Page(NamedTuple):
     lengths: list[int]
     modified: list[str]
     versions: list[str]
+    archives: list[str | None]
     prefixes: list[str]
     token: str | None
 
-    def objects(self) -> Iterator[tuple[str, int, str, str]]:
-        """Yield key, length, time and ETag of each object."""
-        return zip(self.keys, self.lengths, self.modified, self.versions, strict=True)
+    def objects(self) -> Iterator[tuple[str, int, str, str, str | None]]:
+        """Yield key, length, time, ETag and archive of each object."""
+        columns = (self.keys, self.lengths, self.modified, self.versions, self.archives)
+        return zip(*columns, strict=True)
 
 
 def parse_page(body: bytes) -> Page:
@@ -80,13 +86,25 @@ def parse_page(body: bytes) -> Page:
         [int(size) for size in column("Size")],
         column("LastModified"),
         [tag.replace("&quot;", "").replace("&#34;", "").strip('"') for tag in column("ETag")],
+        _archives_in(text),
         [read(name) for name in column("Prefix", before=r"<CommonPrefixes>\s*")],
         next(map(unescape, column("NextContinuationToken")), None),
     )
     expected = text.count("<Contents>")
-    if any(len(column) != expected for column in page[:4]):
+    if any(len(column) != expected for column in page[:5]):
         raise ResponseParserError("expected size, time and ETag of each object of an S3 listing")
     return page
+
+
+def _archives_in(text: str) -> list[str | None]:
+    """Return the storage class of each object that is archived, else None; most pages have none."""
+    if not any(f"<StorageClass>{name}<" in text for name in ARCHIVES):
+        return [None] * text.count("<Contents>")
+    classes = (
+        re.search("<StorageClass>([^<]*)<", one.partition("</Contents>")[0])
+        for one in text.split("<Contents>")[1:]
+    )
+    return [found[1] if found and found[1] in ARCHIVES else None for found in classes]
 
 
 class _Parser(RestXMLParser):  # type: ignore[misc]

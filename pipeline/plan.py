@@ -21,10 +21,11 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.engine.session import task_slots
 from pipeline.errors import RemovalsError
-from pipeline.listing.images import LISTING
+from pipeline.listing.images import LISTED
+from pipeline.quarantine import READ
 from pipeline.storage import Address
 from pipeline.table.delta import Snapshot
-from pipeline.table.feature_table import DECODER, READ, RUNTIME, FeatureTable
+from pipeline.table.feature_table import DECODER, RUNTIME, FeatureTable
 from pipeline.table.parts import Parts, Slice, for_each
 
 FILES_PER_COMMIT = 1000  # files that are written again
@@ -36,7 +37,7 @@ MOST_GONE, MOST_GONE_SHARE = 100, 0.1  # more than both is not believed at once
 # whether it was listed then as it is now.
 TODO = pa.schema(
     [
-        *LISTING,
+        *LISTED,
         pa.field("known_sha256", pa.binary()),
         pa.field("known_reason", pa.string()),
         pa.field("same_maker", pa.bool_()),
@@ -106,7 +107,7 @@ KNOWN = pa.schema(
         ("known_length", pa.int64()),
         ("known_modified", pa.timestamp("us", "UTC")),
         ("known_version", pa.string()),
-        ("stage", pa.string()),
+        ("again", pa.bool_()),
         ("known_sha256", pa.binary()),
         ("known_reason", pa.string()),
         ("same_maker", pa.bool_()),
@@ -128,32 +129,38 @@ def make_plan(
     sure_until: datetime | None,
     work: Parts,
     *,
+    left_alone: Sequence[str],
     recompute: bool,
+    retry_quarantine: bool,
 ) -> Plan:
     """Compare a listing with the table: what is new, what changed, what is gone.
 
     Of images modified after `sure_until` the listing knows too little to change or remove a row.
-    With `recompute`, rows that another decoder or runtime made are to be computed again.
+    Images that could not be read are to be tried again, but for those whose reasons begin with the
+    words `left_alone`. With `recompute`, rows that another decoder or runtime made are to be
+    computed again; with `retry_quarantine`, all that have no features.
     """
     slots = task_slots(spark)
     parts = table.parts
 
     def images(slices: Iterator[Slice]) -> Iterator[pa.RecordBatch]:
         for some in slices:
-            yield from work.read(some.path, LISTING.names)
+            yield from work.read(some.path, LISTED.names)
 
     def keys(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
         for file in files:
             for batch in parts.read(file, KEYS):
-                yield _known_columns(dict(zip(KEYS, batch.columns, strict=True)), file)
+                row = dict(zip(KEYS, batch.columns, strict=True))
+                again = _again(row, left_alone, retry_quarantine=retry_quarantine)
+                yield _known_columns(row, file, again)
 
-    now = for_each(spark, listed, images, LISTING)
+    now = for_each(spark, listed, images, LISTED)
     known = for_each(spark, list(snapshot.files), keys, KNOWN)
     is_gone = sf.col("version").isNull()
     same_listing = (sf.col("length") == sf.col("known_length")) & (
         sf.col("version") == sf.col("known_version")
     )
-    is_same = same_listing & (sf.coalesce(sf.col("stage"), sf.lit("")) != READ)
+    is_same = same_listing & ~sf.col("again")
     if recompute:
         is_same &= sf.col("same_maker")
     differs = now.join(known, "path", "full_outer").where(
@@ -182,18 +189,29 @@ def make_plan(
     return Plan(new, touched, unsure)
 
 
-def _known_columns(row: dict[str, pa.Array], file: str) -> pa.RecordBatch:
+def _again(
+    row: dict[str, pa.Array], left_alone: Sequence[str], *, retry_quarantine: bool
+) -> pa.Array:
+    """Tell of a file's rows which images are to be tried again, though nothing has changed."""
+    if retry_quarantine:
+        return pc.is_valid(row["stage"])
+    word = pc.list_element(pc.split_pattern(pc.fill_null(row["reason"], ""), ":"), 0)
+    of_reading = pc.fill_null(pc.equal(row["stage"], READ), False)
+    return pc.and_not(of_reading, pc.is_in(word, value_set=pa.array(left_alone, pa.string())))
+
+
+def _known_columns(row: dict[str, pa.Array], file: str, again: pa.Array) -> pa.RecordBatch:
     """Return of a file's rows what decides whether an image has to be computed again."""
     of_today = pc.equal(row["decoder"], DECODER), pc.equal(row["runtime"], RUNTIME)
-    unread = pc.equal(pc.fill_null(row["stage"], ""), READ)
+    unread = pc.fill_null(pc.equal(row["stage"], READ), False)
     return pa.RecordBatch.from_pydict(
         {
             "path": row["path"],
             "known_length": row["length"],
             "known_modified": row["modified"],
             "known_version": row["version"],
-            "stage": row["stage"],
-            "known_sha256": row["sha256"],
+            "again": again,
+            "known_sha256": pc.if_else(again, pa.scalar(None, pa.binary()), row["sha256"]),
             "known_reason": pc.if_else(unread, row["reason"], pa.scalar(None, pa.string())),
             "same_maker": pc.and_(*of_today),
             "file": pa.array([file] * len(unread), pa.string()),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import OutputTakenError, StorageError
+from pipeline.s3_codes import explained
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Store
@@ -104,12 +105,16 @@ class Address:
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: `version` changes whenever its content does (S3: the ETag)."""
+    """One object: `version` changes whenever its content does (S3: the ETag).
+
+    `archive` is the storage class of one that S3 gives only after a restore, else None.
+    """
 
     key: str
     length: int
     modified: datetime
     version: str
+    archive: str | None = None
 
 
 class Store(Protocol):
@@ -350,10 +355,10 @@ class BucketStore:
         root = f"{self.address.path}/" if self.address.path else ""
         with self._readable_errors():
             for page in pages_of(self.client, str(self.bucket), root + prefix):
-                for key, length, modified, version in page.objects():
+                for key, length, modified, version, archive in page.objects():
                     if not (key.endswith("/") and length == 0):
                         time = datetime.fromisoformat(modified)
-                        yield Entry(key.removeprefix(root), length, time, version)
+                        yield Entry(key.removeprefix(root), length, time, version, archive)
 
     def read(self, key: str) -> bytes | None:
         """Return an object's bytes, None if there is none."""
@@ -515,17 +520,7 @@ class BucketStore:
 
     def _explain(self, error: Mapping[str, str]) -> str:
         code = error.get("Code", "unknown error")
-        remedies = {
-            "NoSuchBucket": "the bucket does not exist; check its name or create it",
-            "InvalidAccessKeyId": "the access key is not known there; check the credentials",
-            "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
-            "ExpiredToken": "the credentials have expired; get new ones",
-            "AccessDenied": "these credentials may not do this; check the role's policy",
-            "403": "these credentials may not do this; check the role's policy",
-            "404": "there is no such bucket or object; check the address",
-        }
-        detail = remedies.get(code, error.get("Message", "no more is known"))
-        return f"{self.address}: S3 answered {code}: {detail.rstrip('.')}."
+        return f"{self.address}: S3 answered {code}: {explained(code, error.get('Message', ''))}."
 
 
 @cache
@@ -563,62 +558,6 @@ def _neighbours(parts: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, in
             run = []
     if run:
         yield run
-
-
-@dataclass(frozen=True)
-class ImageReader:
-    """Reads image bytes inside a Spark task: picklable, opened once per Python process.
-
-    For S3 it is one GET per image by obstore (a Rust client that runs outside Python's lock, with
-    retries of its own): S3A would open images one after the other, a round trip at a time.
-    """
-
-    address: Address
-    s3: S3Settings
-
-    def open(self) -> Callable[[str], tuple[bytes, str]]:
-        """Return a thread-safe function from key to (bytes, version).
-
-        It raises FileNotFoundError for an object that is gone, PermissionError for one that is
-        forbidden, ValueError for a key that cannot be asked for or a file that its disk does not
-        give, OSError when S3 does not answer.
-        """
-        return self._open_folder() if self.address.bucket is None else self._open_bucket()
-
-    def _open_folder(self) -> Callable[[str], tuple[bytes, str]]:
-        folder = Path(self.address.path)
-
-        def read(key: str) -> tuple[bytes, str]:
-            try:
-                with (folder / key).open("rb") as file:
-                    return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.EIO):  # links in a circle, a bad sector
-                    raise ValueError(f"cannot be read: {error.strerror}") from error
-                raise
-
-        return read
-
-    def _open_bucket(self) -> Callable[[str], tuple[bytes, str]]:
-        from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError
-
-        store = s3_client(self.address, self.s3)
-
-        def read(key: str) -> tuple[bytes, str]:
-            try:
-                found = store.get(key)
-                content = bytes(found.bytes())
-            except (InvalidPathError, ValueError) as error:
-                raise ValueError(f"not a key S3 clients take: {_first_line(error)}") from error
-            except PermissionDeniedError as error:
-                raise PermissionError("forbidden: these credentials may not read it") from error
-            except FileNotFoundError:
-                raise
-            except BaseError as error:
-                raise OSError(f"{self.address}/{key}: {_first_line(error)}") from error
-            return content, (found.meta["e_tag"] or "").strip('"')
-
-        return read
 
 
 def s3_client(address: Address, s3: S3Settings) -> S3Store:

@@ -9,7 +9,7 @@ import gc
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,28 +19,23 @@ import pyarrow.compute as pc
 from pyspark.accumulators import Accumulator
 from pyspark.core.broadcast import Broadcast
 
-from pipeline.errors import StateError
+from pipeline.errors import StateError, StorageError
 from pipeline.listing.images import LISTING
-from pipeline.networks.decode import MAX_BYTES, BadImageError, decode
+from pipeline.networks.decode import decode
 from pipeline.networks.model import load_network
 from pipeline.plan import TODO, Touched
-from pipeline.storage import ImageReader
+from pipeline.quarantine import READ, BadImageError, word_of
+from pipeline.reading import ImageReader, Outcome, Row, read_ahead, read_listed, told_by_listing
 from pipeline.table.feature_table import (
-    DECODE,
     DECODER,
-    READ,
     ROWS_PER_FILE,
     RUNTIME,
     TABLE,
+    WRITTEN,
     told,
     written,
 )
 from pipeline.table.parts import Parts, Slice
-
-# Images are read in bursts, one ahead of the network: single GETs wake threads on both sides for
-# each image, which costs up to 2 ms of a core. A burst takes 50 ms, the network 300 ms for it.
-GETS_AT_ONCE = 32
-BYTES_AT_ONCE = 24_000_000  # keeps a Python worker small when the images are large
 
 
 @dataclass(frozen=True)
@@ -66,15 +61,20 @@ class PassOverImages:
     quarantined: Accumulator[int]
 
     def __call__(self, slices: Iterator[Slice]) -> Iterator[pa.RecordBatch]:
-        """Yield for each file that was written what a commit needs to know of it (WRITTEN)."""
+        """Yield what a commit needs to know (WRITTEN): of each file, and of the reads."""
         network = _network(self.model)
-        read = _checked(_opened(self.reader))
-        for images in self._gathered(slices):
-            rows, stay = self._rows(images, network, read)
-            if len(stay):
-                yield self._keep(images.take(stay))
-            if rows.num_rows:
-                yield written(self.table, self.commit, rows, self.dimensions)
+        read = read_listed(_opened(self.reader))
+        reads = Reads()
+        try:
+            for images in self._gathered(slices):
+                rows, stay = self._rows(images, network, read, reads)
+                if len(stay):
+                    yield self._keep(images.take(stay))
+                if rows.num_rows:
+                    yield written(self.table, self.commit, rows, self.dimensions)
+        except StorageError as error:  # told at once: another attempt would not help
+            reads.trouble = str(error)
+        yield reads.told()
 
     def _gathered(self, slices: Iterator[Slice]) -> Iterator[pa.Table]:
         """Yield the listed images of all slices (TODO), as many at a time as a file holds."""
@@ -98,7 +98,11 @@ class PassOverImages:
         return told(1, nothing, self.dimensions, kept=kept, kept_rows=stay.num_rows)
 
     def _rows(
-        self, images: pa.Table, network: Network, read: Read
+        self,
+        images: pa.Table,
+        network: Network,
+        read: Callable[[Row], Outcome],
+        reads: Reads,
     ) -> tuple[pa.Table, npt.NDArray[np.intp]]:
         """Return rows of the table, and which of the images need none: their old row stays."""
         count = images.num_rows
@@ -107,23 +111,23 @@ class PassOverImages:
         stages: list[str | None] = [None] * count
         reasons: list[str | None] = [None] * count
         stays = np.zeros(count, bool)
-        known = images.select(["known_sha256", "known_reason", "same_maker"]).to_pylist()
+        todo = images.to_pylist()
         listed = images.select(LISTING.names)
-        for row, outcome in enumerate(_read_ahead(listed.to_pylist(), read)):
+        for row, outcome in enumerate(read_ahead(todo, read)):
+            known = todo[row]
+            reads.count(known, outcome)
             try:
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, BadImageError):
                     raise outcome
                 hashes[row] = hashlib.sha256(outcome).digest()
                 # A copied bucket, another upload of the same bytes: read, and not computed again.
-                if known[row]["same_maker"] and hashes[row] == known[row]["known_sha256"]:
+                if known["same_maker"] and hashes[row] == known["known_sha256"]:
                     stays[row] = True
                 else:
                     vectors[row] = network(decode(outcome, self.input_size)).astype("<f4")
-            except _Unreadable as error:
-                stages[row], reasons[row] = READ, str(error)
-                stays[row] = known[row]["known_reason"] == str(error)
             except BadImageError as error:
-                stages[row], reasons[row] = DECODE, str(error)
+                stages[row], reasons[row] = error.reason.stage, str(error)
+                stays[row] = word_of(known["known_reason"] or "") == error.reason.word
             self.done.add(1)
             if stages[row]:
                 self.quarantined.add(1)
@@ -142,6 +146,51 @@ class PassOverImages:
         return rows.filter(pa.array(~stays)), np.flatnonzero(stays)
 
 
+@dataclass
+class Reads:
+    """What a task saw of images that were read for the first time: it decides whom to believe.
+
+    Attributes
+    ----------
+    tried, failed
+        Images that were asked for, and of them those that were not given.
+    example
+        The first of those, and why.
+    refused
+        The first that S3 refused: whose fault that is, is not known here.
+    good
+        An image that was read.
+    trouble
+        What is wrong with the run.
+    """
+
+    tried: int = 0
+    failed: int = 0
+    example: str | None = None
+    refused: str | None = None
+    good: str | None = None
+    trouble: str | None = None
+
+    def count(self, row: Row, outcome: Outcome) -> None:
+        """Count an image in."""
+        if not isinstance(outcome, BadImageError):
+            self.good = self.good or row["path"]
+        if row["known_reason"] is not None or told_by_listing(row) is not None:
+            return
+        self.tried += 1
+        if isinstance(outcome, BadImageError) and outcome.reason.stage == READ:
+            self.failed += 1
+            told = f"{row['path']}: {outcome}"
+            self.example = self.example or told
+            if outcome.reason.is_refusal:
+                self.refused = self.refused or told
+
+    def told(self) -> pa.RecordBatch:
+        """Return a row of WRITTEN that adds nothing to the table."""
+        nothing = {"sign": 1, "counted": 0, "quarantined": 0, "each_run": 0, "daily": 0}
+        return pa.RecordBatch.from_pylist([nothing | asdict(self)], schema=WRITTEN)
+
+
 def _lists(vectors: list[npt.NDArray[np.float32] | None], d: int) -> pa.Array:
     """Return vectors as an Arrow column of lists, null where there is none."""
     is_null = np.array([vector is None for vector in vectors])
@@ -151,12 +200,7 @@ def _lists(vectors: list[npt.NDArray[np.float32] | None], d: int) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, values, mask=pa.array(is_null))
 
 
-class _Unreadable(Exception):  # noqa: N818
-    """An image that could not be read as it was listed."""
-
-
 Network = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
-Read = Callable[[dict[str, Any]], "bytes | _Unreadable | BadImageError"]
 
 _networks: dict[int, Network] = {}
 _readers: dict[ImageReader, Callable[[str], tuple[bytes, str]]] = {}
@@ -179,63 +223,6 @@ def _opened(reader: ImageReader) -> Callable[[str], tuple[bytes, str]]:
     if reader not in _readers:
         _readers[reader] = reader.open()
     return _readers[reader]
-
-
-def _checked(read: Callable[[str], tuple[bytes, str]]) -> Callable[[dict[str, Any]], Any]:
-    """Read an image as it was listed; give back its bytes, or why it could not be read.
-
-    An S3 that does not answer is not the image's fault: that error ends the task, Spark tries the
-    task again, and a job that fails keeps the batches before it.
-    """
-
-    def read_row(row: dict[str, Any]) -> bytes | _Unreadable | BadImageError:
-        if row["length"] > MAX_BYTES:
-            return BadImageError(
-                f"{row['length']:,} bytes are more than the {MAX_BYTES:,} that are read"
-            )
-        try:
-            content, version = read(row["path"])
-        except (FileNotFoundError, NotADirectoryError):
-            return _Unreadable("deleted since it was listed")
-        except IsADirectoryError:
-            return _Unreadable("a folder, not a file")
-        except (PermissionError, ValueError) as error:
-            return _Unreadable(str(error))
-        if version != row["version"]:
-            return _Unreadable("replaced since it was listed; the next run takes the new one")
-        return content
-
-    return read_row
-
-
-def _read_ahead(
-    rows: list[dict[str, Any]],
-    read: Callable[[dict[str, Any]], bytes | _Unreadable | BadImageError],
-) -> Iterator[bytes | _Unreadable | BadImageError]:
-    """Yield what `read` gives for each row, in order; the next burst is read meanwhile."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(GETS_AT_ONCE) as pool:
-        bursts = ([pool.submit(read, row) for row in burst] for burst in _bursts(rows))
-        coming = next(bursts, [])
-        while coming:
-            current, coming = coming, next(bursts, [])
-            while current:
-                yield current.pop(0).result()
-
-
-def _bursts(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Cut rows into runs that are read at once, bounded in number and in bytes."""
-    burst: list[dict[str, Any]] = []
-    size = 0
-    for row in rows:
-        size += row["length"]
-        if burst and (len(burst) == GETS_AT_ONCE or size > BYTES_AT_ONCE):
-            yield burst
-            burst, size = [], row["length"]
-        burst.append(row)
-    if burst:
-        yield burst
 
 
 @dataclass(frozen=True)

@@ -22,23 +22,22 @@ from urllib.parse import urlsplit
 
 METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
-REFUSAL = b"\r\n".join(
-    [
-        b"HTTP/1.1 503 Slow Down",
-        b"Content-Type: application/xml",
-        b"Content-Length: %d" % len(SLOW_DOWN),
-        b"Connection: close",
-        b"",
-        SLOW_DOWN,
-    ]
-)
+
+
+def _answer(status: bytes, body: bytes) -> bytes:
+    lines = [b"HTTP/1.1 " + status, b"Content-Type: application/xml", b"Connection: close"]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
+
+
+REFUSAL = _answer(b"503 Slow Down", SLOW_DOWN)
 
 
 @dataclass(frozen=True)
 class Behaviour:
     """Seconds added to GETs below a path, and the shares of requests refused and never answered.
 
-    The first `together` commits to a Delta table are held until the last of them has come.
+    The first `together` commits to a Delta table are held until the last of them has come. GETs
+    below `denied_path` are answered with 403 and `denied_code`, until the proxy is hurried.
     """
 
     delay: float = 0.0
@@ -46,6 +45,8 @@ class Behaviour:
     hung: float = 0.0
     together: int = 0
     slow_path: str = "/"
+    denied_path: str = "-"
+    denied_code: str = "AccessDenied"
 
 
 @dataclass
@@ -144,6 +145,13 @@ class _FromClient(asyncio.Protocol):
                 self.is_hung = True
             if data.startswith(b"GET "):
                 self.told.gets += 1
+                path = f"GET {self.behaviour.denied_path}".encode()
+                if data.startswith(path) and not self.told.is_hurried:
+                    code = self.behaviour.denied_code.encode()
+                    body = b"<Error><Code>%s</Code><Message>no</Message></Error>" % code
+                    self.transport.write(_answer(b"403 Forbidden", body))
+                    self.transport.close()
+                    return
                 is_slow = data.startswith(f"GET {self.behaviour.slow_path}".encode())
                 is_slow = is_slow and not self.told.is_hurried
                 self.answers.delay_next = is_slow and self.behaviour.delay > 0
@@ -219,7 +227,7 @@ async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> No
 
 
 if __name__ == "__main__":
-    where, host, port, *shares, slow_path = sys.argv[1:]
-    *shares, together = map(float, shares)
-    behaviour = Behaviour(*shares, int(together), slow_path)
+    where, host, port, delay, refused, hung, together, *paths = sys.argv[1:]
+    shares = float(delay), float(refused), float(hung)
+    behaviour = Behaviour(*shares, int(together), *paths)
     asyncio.run(_serve(where, host, int(port), behaviour))

@@ -35,7 +35,8 @@ LISTING = pa.schema(
         pa.field("version", pa.string(), nullable=False),
     ]
 )
-
+# Of an archived image also in which storage class it lies: it is not asked for.
+LISTED = pa.schema([*LISTING, pa.field("archive", pa.string())])
 
 ROWS_PER_PART = 16_384  # about a megabyte
 LABEL_RULE = "name of the folder, in NFC"
@@ -48,7 +49,7 @@ class Listing:
     Attributes
     ----------
     parts
-        Parquet files of this machine (schema LISTING), with their rows.
+        Parquet files of this machine (schema LISTED), with their rows.
     ignored
         How many other objects lie beside the images.
     digest
@@ -141,9 +142,10 @@ def _table_of(images: tuple[Entry, ...]) -> pa.Table:
         [image.length for image in images],
         [image.modified for image in images],
         [image.version for image in images],
+        [image.archive for image in images],
     ]
-    arrays = [pa.array(c, field.type) for c, field in zip(columns, LISTING, strict=True)]
-    return pa.table(arrays, schema=LISTING)
+    arrays = [pa.array(c, field.type) for c, field in zip(columns, LISTED, strict=True)]
+    return pa.table(arrays, schema=LISTED)
 
 
 def is_image(key: str) -> bool:

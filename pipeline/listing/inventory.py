@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InventoryError
+from pipeline.s3_codes import ARCHIVES
 from pipeline.storage import Address, Entry, S3Settings, open_store
 
 COLUMNS = {
@@ -24,6 +25,7 @@ COLUMNS = {
     "last_modified_date": "Last modified date",
     "e_tag": "ETag",
 }  # by the name that S3's console has for them
+ARCHIVE_COLUMNS = ("storage_class", "intelligent_tiering_access_tier")  # told where they are there
 # S3 fills an inventory over hours, and says that it is right for what came two days before.
 UNSURE = timedelta(hours=48)
 
@@ -76,6 +78,7 @@ class Inventory:
                         row["size"],
                         _time_of(row["last_modified_date"]),
                         row["e_tag"].strip('"'),
+                        _archive_of(row),
                     )
 
     def _rows(self, file: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -94,7 +97,7 @@ class Inventory:
                 f"expected an inventory with {', '.join(COLUMNS.values())}, found one without "
                 f"{', '.join(lacking)}. Add it to the inventory's fields, and take the next day's."
             )
-        wanted = ["key", *COLUMNS, "is_latest", "is_delete_marker"]
+        wanted = ["key", *COLUMNS, "is_latest", "is_delete_marker", *ARCHIVE_COLUMNS]
         columns = [name for name in wanted if name in table.schema.names]
         for batch in table.iter_batches(columns=columns):
             yield from batch.to_pylist()
@@ -130,6 +133,15 @@ def open_inventory(address: Address, s3: S3Settings) -> Inventory:
             "format, and take the next day's."
         )
     return Inventory(address, s3, bucket, created, files)
+
+
+def _archive_of(row: dict[str, Any]) -> str | None:
+    """Return where an archived object lies, as far as the inventory has been asked for it."""
+    tier = row.get(ARCHIVE_COLUMNS[1]) or ""
+    if "ARCHIVE" in tier:
+        return f"INTELLIGENT_TIERING, {tier}"
+    kept_in = row.get(ARCHIVE_COLUMNS[0])
+    return kept_in if kept_in in ARCHIVES else None
 
 
 def _time_of(value: datetime | int) -> datetime:

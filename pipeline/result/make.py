@@ -22,11 +22,12 @@ from pipeline.engine.session import task_slots
 from pipeline.features import Pass
 from pipeline.journal import Journal, now
 from pipeline.pca import PCA
+from pipeline.reading import ImageReader
 from pipeline.record import Cluster, Fit, PCAOptions, Run
 from pipeline.result.matrix import explained_variance_csv, write_csv, write_matrix
 from pipeline.result.overview import Overview, look_at, pictures_of, points_of, quarantine
 from pipeline.result.samples import Samples
-from pipeline.storage import ImageReader, Store
+from pipeline.storage import Store
 from pipeline.table.feature_table import FeatureTable
 from pipeline.versions import VERSIONS
 

@@ -18,10 +18,12 @@ from PIL import Image
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.networks.decode import BadImageError, decode
-from pipeline.storage import Address, ImageReader
+from pipeline.networks.decode import decode
+from pipeline.quarantine import READ
+from pipeline.reading import ImageReader
+from pipeline.storage import Address
 from pipeline.table.delta import Snapshot
-from pipeline.table.feature_table import DECODER, READ, RUNTIME, FeatureTable
+from pipeline.table.feature_table import DECODER, RUNTIME, FeatureTable
 from pipeline.table.parts import for_each
 
 EXAMPLES_PER_LABEL, LABELS_SHOWN = 12, 60
@@ -136,7 +138,7 @@ def pictures_of(labels: Sequence[Label], reader: ImageReader) -> dict[str, list[
     def picture(path: str) -> bytes | None:
         try:
             pixels = decode(read(path)[0], PICTURE_SIZE)
-        except (OSError, ValueError, BadImageError):
+        except (OSError, ValueError):
             return None  # gone since: its neighbours are shown
         content = io.BytesIO()
         Image.fromarray(pixels).save(content, "JPEG", quality=82)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 import uuid
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +31,12 @@ from pipeline.errors import StateError
 from pipeline.listing.images import LISTING
 from pipeline.networks.model import Model
 from pipeline.pca import Moments, Running, Tally, feature_matrix
+from pipeline.quarantine import DAILY, READ, Again, word_of, words
 from pipeline.record import Speed
 from pipeline.storage import Address, S3Settings, Store
 from pipeline.table.delta import UPKEEP, Change, Delta, File, Snapshot
 from pipeline.table.parts import Parts, for_each, picked
 
-READ, DECODE = "read", "decode"  # the stages at which an image can end in quarantine
 ROWS_PER_FILE = 4096  # 21 MB at 1,280 features
 
 # What turned bytes into features: a row that another version made is told by it.
@@ -54,8 +56,9 @@ TABLE = pa.schema(
 )
 
 # What a task tells of its work: a file that it wrote (path, size, rows) and one whose rows are now
-# there or gone (replaces); what `counted` rows, of them so many quarantined and unreadable, add to
-# what is known (sign 1) or take from it (-1); and where it keeps which rows stay (kept, kept_rows).
+# there or gone (replaces). What `counted` rows add to what is known (sign 1) or take from it (-1):
+# how many of them are quarantined, and tried again in each run or daily. Where it keeps which rows
+# stay (kept, kept_rows). What it saw of the images that it read (task.py, Reads).
 WRITTEN = pa.schema(
     [
         pa.field("path", pa.string()),
@@ -64,22 +67,33 @@ WRITTEN = pa.schema(
         pa.field("sign", pa.int64()),
         pa.field("counted", pa.int64()),
         pa.field("quarantined", pa.int64()),
-        pa.field("unreadable", pa.int64()),
+        pa.field("each_run", pa.int64()),
+        pa.field("daily", pa.int64()),
         pa.field("moments", pa.binary()),
         pa.field("replaces", pa.string()),
         pa.field("kept", pa.string()),
         pa.field("kept_rows", pa.int64()),
+        pa.field("tried", pa.int64()),
+        pa.field("failed", pa.int64()),
+        *(pa.field(name, pa.string()) for name in ("example", "refused", "good", "trouble")),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the rows of a table without reading them."""
+    """What is known of the rows of a table without reading them.
+
+    Attributes
+    ----------
+    each_run, daily
+        How many images could not be read and are tried again in each run, or once a day.
+    """
 
     rows: int
     quarantined: int
-    unreadable: int
+    each_run: int
+    daily: int
     running: Running
 
     @property
@@ -90,16 +104,19 @@ class Known:
     def to_bytes(self) -> bytes:
         """Pack as npz."""
         content = io.BytesIO()
-        counts = np.array([self.rows, self.quarantined, self.unreadable])
+        counts = np.array([self.rows, self.quarantined, self.each_run, self.daily])
         np.savez(content, counts=counts, **self.running.to_arrays())
         return content.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Known:
-        """Unpack what `to_bytes` packed."""
+    def from_bytes(cls, content: bytes) -> Known | None:
+        """Unpack what `to_bytes` packed; None if an older version did, which counted less."""
         with np.load(io.BytesIO(content)) as packed:
-            rows, quarantined, unreadable = packed["counts"].tolist()
-            return cls(rows, quarantined, unreadable, Running.from_arrays(packed))
+            counts = packed["counts"].tolist()
+            if len(counts) != 4:
+                return None
+            rows, quarantined, each_run, daily = counts
+            return cls(rows, quarantined, each_run, daily, Running.from_arrays(packed))
 
 
 @dataclass(frozen=True)
@@ -118,8 +135,11 @@ class LastPass:
         How many other objects lay beside them.
     largest
         The speed of the pass over most images: one new image tells nothing of it.
-    unreadable
-        Paths of a few images that could not be read, to be tried before anything else.
+    tried
+        When images were last tried that are tried daily, in seconds since 1970.
+    unread
+        The images that could not be read and are tried again, as they were listed, with `reason`;
+        none where they are too many to be tried on the driver.
     """
 
     state: str
@@ -127,7 +147,22 @@ class LastPass:
     images: str
     ignored: int
     largest: Speed | None
-    unreadable: tuple[str, ...] = ()
+    tried: float = 0.0
+    unread: tuple[Unread, ...] = ()
+
+    @property
+    def is_daily_due(self) -> bool:
+        """Tell whether a day is over; a clock that was set back does not put it off for ever."""
+        return not 0 <= time.time() - self.tried < DAILY.total_seconds()
+
+
+class Unread(NamedTuple):
+    """An image that could not be read, as it was listed."""
+
+    path: str
+    length: int
+    version: str
+    reason: str
 
 
 class FeatureTable:
@@ -209,7 +244,7 @@ class FeatureTable:
         StateError
             When another run has meanwhile made it: its rows may be younger than our listing.
         """
-        nothing = Known(0, 0, 0, Running.counted(Moments.empty(self.model.dimensions)))
+        nothing = Known(0, 0, 0, 0, Running.counted(Moments.empty(self.model.dimensions)))
         state = self._keep(nothing)
         made = self.delta.create(TABLE, state)
         if made.state != state:
@@ -242,7 +277,8 @@ class FeatureTable:
         after = Known(
             known.rows + added.rows - removed.rows,
             known.quarantined + added.quarantined - removed.quarantined,
-            known.unreadable + added.unreadable - removed.unreadable,
+            known.each_run + added.each_run - removed.each_run,
+            known.daily + added.daily - removed.daily,
             known.running.change(added.running.moments, removed.running.moments),
         )
         files = done.filter(pc.is_valid(done["path"])).select(["path", "size", "rows"])
@@ -263,9 +299,9 @@ class FeatureTable:
         tally = Tally(self.model.dimensions)
         for packed in of_it["moments"].drop_null():
             tally.merge(packed.as_py())
-        names = ("counted", "quarantined", "unreadable")
-        rows, quarantined, unreadable = (pc.sum(of_it[name]).as_py() or 0 for name in names)
-        return Known(rows, quarantined, unreadable, Running.counted(tally.result()))
+        names = ("counted", "quarantined", "each_run", "daily")
+        rows, quarantined, each_run, daily = (pc.sum(of_it[name]).as_py() or 0 for name in names)
+        return Known(rows, quarantined, each_run, daily, Running.counted(tally.result()))
 
     def note(self, base: Snapshot, known: Known) -> Snapshot:
         """Give a snapshot whose rows were counted anew a state of its own."""
@@ -284,8 +320,12 @@ class FeatureTable:
             return None
         try:
             told = json.loads(content)
-            largest, unreadable = told.pop("largest"), tuple(told.pop("unreadable"))
-            return LastPass(**told, largest=largest and Speed(**largest), unreadable=unreadable)
+            largest, unread = told.pop("largest"), told.pop("unread")
+            return LastPass(
+                **told,
+                largest=largest and Speed(**largest),
+                unread=tuple(Unread(*one) for one in unread),
+            )
         except (ValueError, KeyError, TypeError):
             return None  # damaged, or of another version: the next pass makes it again
 
@@ -301,7 +341,7 @@ class FeatureTable:
         carried = replace(
             last,
             state=str(after.state) if last.state == before.state else last.state,
-            unreadable=tuple(path for path in last.unreadable if path not in without),
+            unread=tuple(one for one in last.unread if one.path not in without),
         )
         if carried != last:
             self.keep_pass(carried)
@@ -370,11 +410,19 @@ def told(sign: int, counted: pa.Table, d: int, **others: str | int | None) -> pa
         "sign": sign,
         "counted": counted.num_rows,
         "quarantined": counted.num_rows - counted["stage"].null_count,
-        "unreadable": pc.sum(pc.equal(counted["stage"], READ)).as_py() or 0,
+        **_again(counted),
         "moments": tally.to_bytes(),
         **others,
     }
     return pa.RecordBatch.from_pylist([values], schema=WRITTEN)
+
+
+def _again(rows: pa.Table) -> dict[str, int]:
+    """Count the images that are tried again in each run, and once a day."""
+    unread = rows.filter(pc.equal(rows["stage"], READ))["reason"].to_pylist()
+    daily = sum(word_of(reason) in words(Again.DAILY) for reason in unread)
+    never = sum(word_of(reason) in words(Again.NEVER) for reason in unread)
+    return {"each_run": len(unread) - daily - never, "daily": daily}
 
 
 def models_in(output: Store) -> list[Model]:

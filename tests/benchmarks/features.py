@@ -24,7 +24,8 @@ from pyspark.sql import SparkSession
 from pipeline.engine.session import task_slots
 from pipeline.features import compute_features
 from pipeline.listing.images import list_images
-from pipeline.storage import ImageReader, open_store
+from pipeline.reading import ImageReader
+from pipeline.storage import open_store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable, Known
 from pipeline.table.parts import Parts

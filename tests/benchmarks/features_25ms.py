@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
-from pipeline.storage import ImageReader
+from pipeline.reading import ImageReader
 from tests.benchmarks._common import MANY, Setup, application, images_on_s3
 from tests.benchmarks.features import GOAL, features_per_second, mean, network_alone
 from tests.benchmarks.results import Result

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.storage import ImageReader
+from pipeline.reading import ImageReader
 from tests.benchmarks._common import MANY, Setup, application, images_on_s3
 from tests.benchmarks.features import features_per_second
 from tests.benchmarks.results import Result

@@ -18,17 +18,20 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from pipeline import upkeep
-from pipeline.errors import StateError
+from pipeline.errors import FruitsError, StateError
 from pipeline.features import Pass, Progress, compute_features, count, nothing_to_compute
 from pipeline.listing.images import Listing, list_images
 from pipeline.local.loopback import Loopback
 from pipeline.networks.decode import decode
 from pipeline.networks.model import Model, load_network
-from pipeline.storage import Address, BucketStore, ImageReader, open_store
-from pipeline.table.feature_table import DECODE, READ, FeatureTable, models_in
+from pipeline.quarantine import DECODE, READ
+from pipeline.reading import ImageReader
+from pipeline.storage import Address, BucketStore, open_store
+from pipeline.table.feature_table import FeatureTable, models_in
 from pipeline.table.parts import Parts
 from tests.conftest import new_bucket
 from tests.corpus import bad_images, encoded, good_images, picture
+from tests.s3_proxy import Behaviour, s3_proxy
 from tests.waiting import eventually
 
 Network = tuple[Model, bytes]
@@ -75,7 +78,7 @@ class Place:
         found = {row["path"]: (row["stage"], row["reason"]) for row in rows}
         assert len(found) == len(rows) == done.snapshot.rows, "one live row for each image"
         counted = count(self.spark, self.table, done.snapshot)
-        for name in ("rows", "quarantined", "unreadable", "features"):
+        for name in ("rows", "quarantined", "each_run", "daily", "features"):
             assert getattr(done.known, name) == getattr(counted, name)
         known, anew = done.known.running.moments, counted.running.moments
         assert known.n == anew.n == counted.features
@@ -178,6 +181,82 @@ def test_an_image_deleted_or_replaced_after_the_listing_is_quarantined_and_taken
     again = place.run()
     assert (again.computed, again.reused, again.dropped) == (1, 2, 1)
     assert set(place.outcomes(again).values()) == {(None, None)}
+
+
+def test_each_object_that_s3_does_not_give_is_a_row_in_s3s_own_words_and_tried_again_daily(
+    place: Place, cluster: Loopback
+) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(4)})
+    client, bucket = place.images.client, place.images.bucket
+    key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": b"k" * 32}
+    client.put_object(Bucket=bucket, Key="images/b/ours.jpg", Body=jpeg(5), **key)
+    archive = {"Key": "images/b/cold.jpg", "StorageClass": "GLACIER"}
+    client.put_object(Bucket=bucket, Body=jpeg(6), **archive)
+    client.put_object(Bucket=bucket, Key="images/b/a\nb.jpg", Body=jpeg(7))
+    denied, direct = Behaviour(denied_path=f"/{bucket}/images/a/0.jpg"), place.reader
+    with s3_proxy(cluster.s3.endpoint or "", denied) as proxy:
+        place.reader = ImageReader(
+            place.images.address, replace(place.reader.s3, endpoint=proxy.endpoint)
+        )
+        done = place.run()
+        found = place.outcomes(done)
+        assert {path: reason for path, (stage, reason) in found.items() if stage == READ} == {
+            "a/0.jpg": "denied: S3 answered AccessDenied (no)",
+            "b/ours.jpg": found["b/ours.jpg"][1],
+            "b/cold.jpg": "archived: its storage class is GLACIER",
+            "b/a\nb.jpg": found["b/a\nb.jpg"][1],
+        }
+        assert str(found["b/ours.jpg"][1]).startswith("encrypted: S3 answered Invalid")
+        assert str(found["b/a\nb.jpg"][1]).startswith("bad name: S3's clients do not take it")
+        assert (done.known.each_run, done.known.daily) == (0, 3)
+        assert place.has_nothing_to_compute()
+        assert place.run().computed == 0, "nothing is tried again on the same day"
+        last = place.table.last_pass()
+        assert last is not None
+        place.table.keep_pass(replace(last, tried=last.tried - 90_000))
+        assert not place.has_nothing_to_compute(), "this server gives what it has of the archive"
+    place.reader = direct
+    again = place.run()
+    assert (again.computed, again.known.daily) == (2, 1)
+    assert {path for path, (stage, _) in place.outcomes(again).items() if stage} == {
+        "b/ours.jpg",
+        "b/a\nb.jpg",
+    }
+    later = place.table.last_pass()
+    assert later is not None
+    assert later.tried >= last.tried
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("AccessDenied", "found that it gives none, as .*denied: S3 answered AccessDenied"),
+        ("ExpiredToken", "S3 answered ExpiredToken: the credentials have expired"),
+    ],
+)
+def test_what_is_wrong_with_the_run_ends_it_and_writes_nothing(
+    place: Place, cluster: Loopback, code: str, told: str
+) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(3)})
+    before = place.run()
+    put(place, {f"b/{n}.jpg": jpeg(n) for n in range(3)})
+    denied = Behaviour(denied_path=f"/{place.images.bucket}/images/", denied_code=code)
+    with s3_proxy(cluster.s3.endpoint or "", denied) as proxy:
+        place.reader = ImageReader(
+            place.images.address, replace(place.reader.s3, endpoint=proxy.endpoint)
+        )
+        with pytest.raises(FruitsError, match=told):
+            place.run()
+    assert place.table.snapshot() == before.snapshot
+
+
+def test_images_without_features_are_tried_again_when_that_is_asked_for(place: Place) -> None:
+    put(place, {"a/1.jpg": jpeg(1), "a/2.jpg": b"no image"})
+    first = place.run()
+    assert place.run().computed == 0
+    again = place.run(retry_quarantine=True)
+    assert (again.computed, again.reused) == (1, 1)
+    assert place.outcomes(again) == place.outcomes(first)
 
 
 def test_a_rerun_computes_what_is_new_changed_or_not_proven_and_drops_those_that_are_gone(

@@ -23,38 +23,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyspark.accumulators import Accumulator, AddingAccumulatorParam
 
-from pipeline import plan, task
+from pipeline import plan, reading, task
 from pipeline.errors import RemovalsError, StateError
 from pipeline.features import nothing_to_compute
 from pipeline.listing.images import LISTING, Listing, list_images
-from pipeline.networks.decode import BadImageError
 from pipeline.networks.model import Model
 from pipeline.pca import Moments, feature_matrix
 from pipeline.plan import TODO, Plan, Touched, WritePlan, check_removals, cut_into
-from pipeline.storage import Address, FolderStore, ImageReader, S3Settings
+from pipeline.quarantine import DECODE, READ, BadImageError, Reason
+from pipeline.reading import GETS_AT_ONCE, ImageReader, read_ahead, read_listed
+from pipeline.storage import Address, FolderStore, S3Settings
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import (
-    DECODE,
     DECODER,
-    READ,
     RUNTIME,
     TABLE,
     FeatureTable,
     Known,
     LastPass,
     Speed,
+    Unread,
     models_in,
     written,
 )
 from pipeline.table.parts import Parts, Slice, cut
-from pipeline.task import (
-    GETS_AT_ONCE,
-    PassOverImages,
-    Rewrite,
-    _checked,
-    _read_ahead,
-    _Unreadable,
-)
+from pipeline.task import PassOverImages, Rewrite
 from tests.corpus import bad_images, encoded, good_images, picture
 
 MODEL = Model("net-32-abc", "net", 32, 3, "as it is", "weights.h5", "0" * 64)
@@ -69,7 +62,7 @@ def rows_of(lengths: list[int]) -> list[dict[str, Any]]:
 
 @given(st.lists(st.integers(0, 60_000_000), max_size=60))
 def test_images_come_in_the_order_of_their_rows(lengths: list[int]) -> None:
-    found = _read_ahead(rows_of(lengths), lambda row: row["path"].encode())
+    found = read_ahead(rows_of(lengths), lambda row: row["path"].encode())
     assert list(found) == [str(number).encode() for number in range(len(lengths))]
 
 
@@ -89,7 +82,7 @@ def most_ahead(lengths: list[int], seconds: float = 0.002) -> tuple[int, int]:
         count(1, row["length"])
         return b""
 
-    for length, _ in zip(lengths, _read_ahead(rows_of(lengths), read), strict=True):
+    for length, _ in zip(lengths, read_ahead(rows_of(lengths), read), strict=True):
         time.sleep(seconds)  # the network's turn, in which reads get as far ahead as they may
         count(-1, -length)
     return most["images"], most["bytes"]
@@ -101,7 +94,7 @@ def test_a_burst_is_read_while_the_network_takes_the_one_before() -> None:
 
 
 def test_large_images_are_read_ahead_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "BYTES_AT_ONCE", 24)
+    monkeypatch.setattr(reading, "BYTES_AT_ONCE", 24)
     images, length = most_ahead([10] * 50)
     assert length <= 48, "a burst and the one before it"
     assert images == 4
@@ -116,7 +109,7 @@ def test_a_read_that_fails_ends_the_pass_with_its_error() -> None:
             raise OSError("S3 does not answer")
         return b""
 
-    found = _read_ahead(rows_of([1] * 50), read)
+    found = read_ahead(rows_of([1] * 50), read)
     assert [next(found) for _ in range(3)] == [b""] * 3
     with pytest.raises(OSError, match="S3 does not answer"):
         next(found)
@@ -160,41 +153,50 @@ def test_an_image_is_read_only_as_it_was_listed(tmp_path: Path) -> None:
     (tmp_path / "gone/with its folder.jpg").unlink()
     (tmp_path / "gone").rmdir()
     (tmp_path / "gone").touch()
-    read = _checked(ImageReader(address_of(tmp_path), S3Settings()).open())
+    read = read_listed(ImageReader(address_of(tmp_path), S3Settings()).open())
     assert {path: str(read(row)) for path, row in rows.items()} == {
         "same.jpg": str(b"as listed"),
-        "replaced.jpg": "replaced since it was listed; the next run takes the new one",
-        "deleted.jpg": "deleted since it was listed",
-        "folder.jpg": "a folder, not a file",
-        "gone/with its folder.jpg": "deleted since it was listed",
+        "replaced.jpg": "replaced: since it was listed; the next run takes the new one",
+        "deleted.jpg": "vanished: deleted since it was listed",
+        "folder.jpg": "unreadable: a folder, not a file",
+        "gone/with its folder.jpg": "vanished: deleted since it was listed",
     }
 
 
-@pytest.mark.parametrize("error", [PermissionError("forbidden"), ValueError("not a key")])
-def test_an_image_that_may_not_be_read_says_why(error: Exception) -> None:
-    outcome = _checked(failing(error))({"path": "a.jpg", "length": 1, "version": "1"})
-    assert isinstance(outcome, _Unreadable)
-    assert str(outcome) == str(error)
+def test_an_image_that_may_not_be_read_says_why() -> None:
+    error = BadImageError(Reason.DENIED, "S3 answered AccessDenied")
+    outcome = read_listed(failing(error))({"path": "a.jpg", "length": 1, "version": "1"})
+    assert str(outcome) == "denied: S3 answered AccessDenied"
+
+
+def test_an_archived_image_is_not_asked_for_before_it_is_tried_again() -> None:
+    row = {"path": "a.jpg", "length": 1, "version": "1", "archive": "GLACIER", "known_reason": None}
+    outcome = read_listed(failing(AssertionError("it was read")))(row)
+    assert str(outcome) == "archived: its storage class is GLACIER"
+    again = read_listed(lambda _: (b"restored", "1"))(row | {"known_reason": str(outcome)})
+    assert again == b"restored"
 
 
 def test_an_s3_that_does_not_answer_is_not_the_images_fault() -> None:
     with pytest.raises(OSError, match="connection refused"):
         row = {"path": "a.jpg", "length": 1, "version": "1"}
-        _checked(failing(OSError("connection refused")))(row)
+        read_listed(failing(OSError("connection refused")))(row)
 
 
 def test_a_file_too_large_for_memory_is_not_read() -> None:
     row = {"path": "a.tif", "length": 3_000_000_000, "version": "1"}
-    outcome = _checked(failing(AssertionError("it was read")))(row)
+    outcome = read_listed(failing(AssertionError("it was read")))(row)
     assert isinstance(outcome, BadImageError)
-    assert str(outcome) == "3,000,000,000 bytes are more than the 128,000,000 that are read"
+    assert (
+        str(outcome) == "too large: 3,000,000,000 bytes are more than the 128,000,000 that are read"
+    )
 
 
 def test_links_in_a_circle_are_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("a.jpg")
     (row,) = listing_of(tmp_path).to_pylist()
-    outcome = _checked(ImageReader(address_of(tmp_path), S3Settings()).open())(row)
-    assert str(outcome) == "cannot be read: Too many levels of symbolic links"
+    outcome = read_listed(ImageReader(address_of(tmp_path), S3Settings()).open())(row)
+    assert str(outcome) == "unreadable: Too many levels of symbolic links"
 
 
 def failing(error: Exception) -> Callable[[str], tuple[bytes, str]]:
@@ -226,11 +228,12 @@ def rows_by_path(run: PassOverImages, listing: pa.Table) -> dict[str, dict[str, 
         row
         for answer in run(iter(cut([Slice("listing.parquet", 0, listing.num_rows)], 3)))
         for row in answer.to_pylist()
+        if row["path"]
     ]
     files = [pa.Table.from_batches(list(run.table.read(row["path"]))) for row in told_of]
     table = pa.concat_tables(files)
     assert table.schema == TABLE
-    assert table.select(LISTING.names).equals(listing)
+    assert table.select(LISTING.names).equals(listing.select(LISTING.names))
     for row, file in zip(told_of, files, strict=True):
         assert row["path"].startswith("commit-1/")
         assert row["size"] == (Path(run.table.address.path) / row["path"]).stat().st_size
@@ -272,7 +275,7 @@ def test_an_image_gone_since_the_listing_is_quarantined_at_reading(
     listing = listing_of(folder)
     (folder / "no label.jpg").unlink()
     row = rows_by_path(run, listing)["no label.jpg"]
-    assert (row["stage"], row["reason"]) == (READ, "deleted since it was listed")
+    assert (row["stage"], row["reason"]) == (READ, "vanished: deleted since it was listed")
     assert row["label"] is row["features"] is None
 
 
@@ -335,12 +338,16 @@ def test_a_table_of_an_older_version_is_refused_with_the_remedy(table: FeatureTa
     assert [entry.key for entry in table.output.list()] == [f"{table.root}/batches/1/part-0"]
 
 
+REASONS = {READ: Reason.VANISHED, DECODE: Reason.DAMAGED}
+
+
 def rows_of_table(*outcomes: str | None) -> pa.Table:
     """Return rows of the table, each with features or a stage."""
     rows = [
         {
             "path": f"a/{number}.jpg", "label": "a", "length": 5, "modified": THEN, "version": "1",
             "decoder": DECODER, "runtime": RUNTIME, "stage": stage,
+            "reason": stage and f"{REASONS[stage].word}: told",
             "features": None if stage else [number, 0.0, 1.0],
         }
         for number, stage in enumerate(outcomes)
@@ -359,11 +366,11 @@ def with_rows(table: FeatureTable, *outcomes: str | None) -> tuple[Snapshot, Kno
 
 def test_a_commit_is_known_by_its_counts_and_moments(table: FeatureTable) -> None:
     snapshot, known = with_rows(table, None, None, DECODE, READ)
-    assert (known.rows, known.features, known.quarantined, known.unreadable) == (4, 2, 2, 1)
+    assert (known.rows, known.features, known.quarantined, known.each_run) == (4, 2, 2, 1)
     assert known.running.moments.n == 2
     again = table.known(snapshot)
     assert again is not None
-    assert (again.rows, again.quarantined, again.unreadable) == (4, 2, 1)
+    assert (again.rows, again.quarantined, again.each_run, again.daily) == (4, 2, 1, 0)
     np.testing.assert_array_equal(again.running.moments.scatter, known.running.moments.scatter)
 
 
@@ -423,13 +430,52 @@ def test_there_is_nothing_to_compute_for_the_listing_of_the_last_pass_only(
         assert (found.known.rows, found.reused, found.largest) == (2, 2, Speed(600, 12.5, 2))
 
 
-def test_an_image_that_could_not_be_read_is_tried_again(table: FeatureTable, folder: Path) -> None:
-    snapshot, _ = with_rows(table, None, READ)
+def test_images_that_could_not_be_read_are_tried_again_here_when_it_is_time(
+    table: FeatureTable, folder: Path
+) -> None:
+    snapshot, known = with_rows(table, None, READ, READ)
+    assert (known.each_run, known.daily) == (2, 0)
     reader = ImageReader(address_of(folder), S3Settings())
-    table.keep_pass(replace(last_pass(snapshot), unreadable=("gone/1.jpg", "gone/2.jpg")))
-    assert nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is not None
+    gone = [Unread(f"gone/{n}.jpg", 10, "1", "vanished: deleted") for n in range(2)]
+
+    def has_nothing(**changes: Any) -> bool:
+        table.keep_pass(replace(last_pass(snapshot), unread=tuple(gone), **changes))
+        return nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is not None
+
+    assert has_nothing()
+    gone.pop()
+    assert not has_nothing(), "not all of them are known here"
+    gone.append(Unread("gone/2.jpg", 10, "1", "vanished: deleted"))
     write(folder / "gone/2.jpg", b"back again")
-    assert nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is None
+    assert not has_nothing(), "another version is there now"
+
+
+def test_an_image_that_its_disk_did_not_give_is_tried_again_once_a_day(
+    table: FeatureTable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REASONS, READ, Reason.UNREADABLE)
+    snapshot, known = with_rows(table, None, READ)
+    assert (known.each_run, known.daily) == (0, 1)
+    image = folder / "a/1.jpg"
+    image.parent.mkdir()
+    image.symlink_to(image)
+    reader = ImageReader(address_of(folder), S3Settings())
+    unread = Unread("a/1.jpg", 7, "1", "unreadable: Too many levels of symbolic links")
+
+    def has_nothing(tried: float) -> bool:
+        table.keep_pass(replace(last_pass(snapshot), unread=(unread,), tried=tried))
+        return nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is not None
+
+    now = time.time()
+    assert has_nothing(now - 90_000)
+    last = table.last_pass()
+    assert last is not None
+    assert last.tried >= now, "tried now, so not again before tomorrow"
+    image.unlink()
+    image.write_bytes(b"content")
+    assert has_nothing(now - 3600)
+    assert not has_nothing(now - 90_000)
+    assert not has_nothing(now + 90_000), "a clock that was set back"
 
 
 def test_there_is_something_to_compute_once_the_table_has_moved_on(
@@ -468,7 +514,7 @@ def test_the_same_content_is_read_and_not_computed_again(
         c={"known_sha256": hashes["a"]},
     )
     own.work.write("todo.parquet", todo)
-    kept, computed = list(own(iter([Slice("todo.parquet", 0, 3)])))
+    kept, computed, _reads = own(iter([Slice("todo.parquet", 0, 3)]))
     (told_of,) = kept.to_pylist()
     assert (told_of["kept_rows"], told_of["counted"], told_of["path"]) == (1, 0, None)
     (stays,) = [row for b in own.work.read(told_of["kept"]) for row in b.to_pylist()]
@@ -480,11 +526,11 @@ def test_an_image_that_can_still_not_be_read_stays_as_it_is(
     run: PassOverImages, tmp_path: Path
 ) -> None:
     write(tmp_path / "own/a/1.png", b"")
-    todo = todo_of(tmp_path / "own", a={"known_reason": "deleted since it was listed"})
+    todo = todo_of(tmp_path / "own", a={"known_reason": "vanished: deleted"})
     (tmp_path / "own/a/1.png").unlink()
     own = replace(run, reader=ImageReader(address_of(tmp_path / "own"), S3Settings()))
     own.work.write("todo.parquet", todo)
-    (kept,) = own(iter([Slice("todo.parquet", 0, 1)]))
+    kept, _reads = own(iter([Slice("todo.parquet", 0, 1)]))
     assert kept.to_pylist()[0]["kept_rows"] == 1
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import NoImagesError, StorageError
 from pipeline.listing import images
 from pipeline.listing.images import (
     IMAGE_ENDINGS,
-    LISTING,
+    LISTED,
     Digest,
     Listing,
     is_image,
@@ -135,7 +135,7 @@ def test_the_digest_of_a_listing_is_that_of_the_next_until_something_changes(
 def test_the_listing_has_its_schema_lengths_and_times(tmp_path: Path) -> None:
     before = datetime.now(UTC)
     listed = table_of(listing_of(tmp_path, "a/0.jpg", "a/long name.jpg"))
-    assert listed.schema == LISTING
+    assert listed.schema == LISTED
     assert sorted(listed["length"].to_pylist()) == [7, 15]
     for modified in listed["modified"].to_pylist():
         assert before - COARSE <= modified <= datetime.now(UTC) + COARSE

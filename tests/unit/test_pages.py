@@ -104,7 +104,7 @@ class Bucket:
         keys = [name for name in some if not found[name]]
         prefixes = [name for name in some if found[name]]
         token = some[-1] if len(names) > MaxKeys else None
-        columns = ([0] * len(keys), [""] * len(keys), [""] * len(keys))
+        columns = ([0] * len(keys), [""] * len(keys), [""] * len(keys), [None] * len(keys))
         return {"Page": Page(keys, *columns, prefixes, token)}
 
 

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import StorageError
+from pipeline.quarantine import BadImageError
+from pipeline.reading import ImageReader
 from pipeline.storage import (
     Address,
     BucketStore,
     FolderStore,
-    ImageReader,
     S3Settings,
     _neighbours,
     open_store,
@@ -324,7 +325,7 @@ def test_the_reader_of_images_gives_the_version_that_the_listing_gave(store: Fol
     read = ImageReader(store.address, S3Settings()).open()
     for entry in store.list():
         assert read(entry.key) == (entry.key.encode(), entry.version)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BadImageError, match="vanished"):
         read("gone.jpg")
 
 
@@ -355,8 +356,8 @@ def test_s3_settings_are_those_of_spark_and_print_no_key() -> None:
         ("InvalidAccessKeyId", "check the credentials"),
         ("SignatureDoesNotMatch", "the secret key is wrong"),
         ("ExpiredToken", "get new ones"),
-        ("AccessDenied", "check the role's policy"),
-        ("403", "check the role's policy"),
+        ("AccessDenied", "check the role's and the bucket's policy"),
+        ("403", "check the role's and the bucket's policy"),
         ("404", "check the address"),
     ],
 )
