@@ -28,6 +28,7 @@ from pipeline.engine.session import task_slots
 from pipeline.errors import StateError
 from pipeline.failures import MOST_SHARE, ReadFailures
 from pipeline.listing.images import Listing
+from pipeline.networks.apart import LIMITS, Limits
 from pipeline.pca import Tally
 from pipeline.plan import Plan, Touched, check_removals, make_plan
 from pipeline.quarantine import READ, left_alone, word_of
@@ -112,6 +113,7 @@ def compute_features(
     recompute: bool = False,
     retry_quarantine: bool = False,
     max_unreadable: float = MOST_SHARE,
+    limits: Limits = LIMITS,
 ) -> Pass:
     """Bring the feature table up to date with a listing.
 
@@ -131,6 +133,8 @@ def compute_features(
         Try again all images that have no features.
     max_unreadable
         The share of the images read for the first time that may not be readable.
+    limits
+        What decoding one image may take.
 
     Raises
     ------
@@ -186,6 +190,7 @@ def compute_features(
                 uuid.uuid4().hex,
                 done,
                 quarantined,
+                limits,
             )
             answers = _work_on(spark, run, slices, touched)
             failures.check(answers)

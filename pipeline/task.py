@@ -9,6 +9,7 @@ import gc
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyspark import TaskContext
 from pyspark.accumulators import Accumulator
 from pyspark.core.broadcast import Broadcast
 
 from pipeline.errors import StateError, StorageError
 from pipeline.listing.images import LISTING
+from pipeline.networks.apart import LIMITS, Apart, Limits, Pixels, go_first, within
 from pipeline.networks.decode import decode
 from pipeline.networks.model import load_network
 from pipeline.plan import TODO, Touched
@@ -59,6 +62,7 @@ class PassOverImages:
     commit: str
     done: Accumulator[int]
     quarantined: Accumulator[int]
+    limits: Limits = LIMITS
 
     def __call__(self, slices: Iterator[Slice]) -> Iterator[pa.RecordBatch]:
         """Yield what a commit needs to know (WRITTEN): of each file, and of the reads."""
@@ -66,12 +70,13 @@ class PassOverImages:
         read = read_listed(_opened(self.reader))
         reads = Reads()
         try:
-            for images in self._gathered(slices):
-                rows, stay = self._rows(images, network, read, reads)
-                if len(stay):
-                    yield self._keep(images.take(stay))
-                if rows.num_rows:
-                    yield written(self.table, self.commit, rows, self.dimensions)
+            with _decoder(self.limits) as decode_one:
+                for images in self._gathered(slices):
+                    rows, stay = self._rows(images, decode_one, network, read, reads)
+                    if len(stay):
+                        yield self._keep(images.take(stay))
+                    if rows.num_rows:
+                        yield written(self.table, self.commit, rows, self.dimensions)
         except StorageError as error:  # told at once: another attempt would not help
             reads.trouble = str(error)
         yield reads.told()
@@ -100,6 +105,7 @@ class PassOverImages:
     def _rows(
         self,
         images: pa.Table,
+        decode_one: Decode,
         network: Network,
         read: Callable[[Row], Outcome],
         reads: Reads,
@@ -124,7 +130,7 @@ class PassOverImages:
                 if known["same_maker"] and hashes[row] == known["known_sha256"]:
                     stays[row] = True
                 else:
-                    vectors[row] = network(decode(outcome, self.input_size)).astype("<f4")
+                    vectors[row] = network(decode_one(outcome, self.input_size)).astype("<f4")
             except BadImageError as error:
                 stages[row], reasons[row] = error.reason.stage, str(error)
                 stays[row] = word_of(known["known_reason"] or "") == error.reason.word
@@ -200,10 +206,29 @@ def _lists(vectors: list[npt.NDArray[np.float32] | None], d: int) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, values, mask=pa.array(is_null))
 
 
-Network = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+Decode = Callable[[bytes, int], Pixels]
+Network = Callable[[Pixels], npt.NDArray[np.float32]]
 
 _networks: dict[int, Network] = {}
 _readers: dict[ImageReader, Callable[[str], tuple[bytes, str]]] = {}
+
+
+@contextmanager
+def _decoder(limits: Limits) -> Iterator[Decode]:
+    """Give the decoder of this attempt: from the second on, one in a process of its own."""
+    task = TaskContext.get()
+    if task is not None:
+        go_first(500)  # not the executor, which holds what other tasks have done
+    if task is not None and task.attemptNumber() > 0:
+        with Apart(limits) as apart:
+            yield apart.decode
+        return
+
+    def here(content: bytes, size: int) -> Pixels:
+        with within(limits.seconds):
+            return decode(content, size)
+
+    yield here
 
 
 def _network(model: Broadcast[bytes]) -> Network:

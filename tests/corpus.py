@@ -35,6 +35,16 @@ def bomb() -> bytes:
     return start + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
+def slow_image(scans: int = 400) -> bytes:
+    """Return a small progressive JPEG that refines its 12 million pixels again and again.
+
+    A hundred scans take some 0.7 s: whoever wants can send one that takes an hour.
+    """
+    content = encoded(Image.new("L", (4000, 3000), 128), "JPEG", progressive=True)
+    *first, last = content.removesuffix(b"\xff\xd9").split(b"\xff\xda")
+    return b"\xff\xda".join([*first, *[last] * scans]) + b"\xff\xd9"
+
+
 def rotated_by_exif() -> bytes:
     """Return a JPEG whose EXIF says that it lies on its side."""
     exif = Image.Exif()

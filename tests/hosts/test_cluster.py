@@ -282,6 +282,13 @@ def test_services_are_confined(converged: Rehearsal, host: str) -> None:
         assert float(exposure[1]) <= 3.0, f"{service}: {told}"
 
 
+def test_a_process_that_takes_too_much_memory_does_not_stop_its_worker(
+    converged: Rehearsal,
+) -> None:
+    policy = on(converged, "worker1", "systemctl show --property OOMPolicy --value spark-worker")
+    assert policy.strip() == "continue"
+
+
 def test_an_application_without_the_secret_is_refused(converged: Rehearsal) -> None:
     script = (
         "umask 077; mkdir /tmp/stranger; trap 'rm -r /tmp/stranger' EXIT; cd /tmp; "

@@ -22,6 +22,7 @@ from pipeline.errors import FruitsError, StateError
 from pipeline.features import Pass, Progress, compute_features, count, nothing_to_compute
 from pipeline.listing.images import Listing, list_images
 from pipeline.local.loopback import Loopback
+from pipeline.networks.apart import Limits
 from pipeline.networks.decode import decode
 from pipeline.networks.model import Model, load_network
 from pipeline.quarantine import DECODE, READ
@@ -30,7 +31,7 @@ from pipeline.storage import Address, BucketStore, open_store
 from pipeline.table.feature_table import FeatureTable, models_in
 from pipeline.table.parts import Parts
 from tests.conftest import new_bucket
-from tests.corpus import bad_images, encoded, good_images, picture
+from tests.corpus import bad_images, encoded, good_images, picture, slow_image
 from tests.s3_proxy import Behaviour, s3_proxy
 from tests.waiting import eventually
 
@@ -248,6 +249,18 @@ def test_what_is_wrong_with_the_run_ends_it_and_writes_nothing(
         with pytest.raises(FruitsError, match=told):
             place.run()
     assert place.table.snapshot() == before.snapshot
+
+
+def test_an_image_on_which_workers_die_is_found_and_the_others_are_computed(place: Place) -> None:
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(12)} | {"a/poison.jpg": slow_image(1000)})
+    done = place.run(limits=Limits(seconds=1))
+    found = place.outcomes(done)
+    assert found.pop("a/poison.jpg") == (
+        DECODE,
+        "too slow: more than 1 s of a processor, twice, alone",
+    )
+    assert set(found.values()) == {(None, None)}
+    assert place.run().computed == 0
 
 
 def test_images_without_features_are_tried_again_when_that_is_asked_for(place: Place) -> None:
