@@ -21,6 +21,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.drift import words
 from pipeline.features import Progress
 from pipeline.record import Run
 
@@ -120,6 +121,9 @@ def summary(run: Run, where: str) -> Table:
     if counts.other_makers:
         computed += f", {counts.other_makers:,} made by another decoder or runtime (--recompute)"
     table.add_row("features", computed + (f", {speed:,.0f} images/s" if speed else ""))
+    if run.drift:
+        colour = "yellow" if run.drift.is_unlike else ""
+        table.add_row("added", Text(words(run.drift), style=colour))
     table.add_row("network", run.model.id)
     table.add_row("PCA", f"{pca.k} components keep {pca.variance:.1%} of the variance")
     table.add_row("time", f"{run.timings['total']:.1f} s")

@@ -190,6 +190,7 @@ def compute_features(
                 uuid.uuid4().hex,
                 done,
                 quarantined,
+                snapshot.version,
                 limits,
             )
             answers = _work_on(spark, run, slices, touched)

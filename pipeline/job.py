@@ -31,7 +31,7 @@ from pipeline.storage import Address, BucketStore, S3Settings, open_store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
-from pipeline.versions import RECORD, copy_newest, delete_all, lacking, prune, publish
+from pipeline.versions import RECORD, copy_newest, delete_all, lacking, newest, prune, publish
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,15 @@ class Job:
                 largest=running.largest,
             )
         run = Making(
-            self.spark(), self.table, done, pca, self.pca, self.reader, self.store, self.journal
+            self.spark(),
+            self.table,
+            done,
+            pca,
+            self.pca,
+            self.reader,
+            self.store,
+            self.journal,
+            newest(self.store),
         ).make()
         timings = self.journal.with_total()
         made = Made(run.run_id, timings, run.counts.computed)

@@ -12,7 +12,8 @@ from typing import Any
 from pipeline.errors import StateError
 from pipeline.networks.model import Model
 
-FORMAT = 3  # 2 had no versions; 1 no number, no report-data/, `standardize` apart from the request
+# 3 had no drift, 2 no versions, 1 no number, no report-data/, `standardize` apart from the request.
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Fit:
         Rows whose features were read for the fit.
     state
         Name of the feature table's state.
+    table_version
+        Delta's number of it: what is added later has a higher one.
     """
 
     k: int
@@ -82,6 +85,46 @@ class Fit:
     fit: str
     rows_read: int
     state: str | None = None
+    table_version: int | None = None
+
+
+@dataclass(frozen=True)
+class LabelDrift:
+    """How far a label's added images are from its others (see Drift), and how many they are."""
+
+    name: str
+    rows: int
+    distance: float
+    by_chance: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the images that were added since the version before are from the rest.
+
+    Attributes
+    ----------
+    added, compared
+        Added images with features, and those of them whose label has others to compare with.
+    new, new_labels
+        How many labels are new, and the names of a few.
+    is_unlike
+        Whether they are unlike the rest; None where they are too few to tell.
+    distance, by_chance
+        In standard deviations of a label's scores, over all that are compared: beyond what chance
+        does, and what chance alone does to so many.
+    labels
+        Those that are farthest.
+    """
+
+    added: int
+    compared: int
+    new: int = 0
+    new_labels: tuple[str, ...] = ()
+    is_unlike: bool | None = None
+    distance: float = 0.0
+    by_chance: float = 0.0
+    labels: tuple[LabelDrift, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +177,8 @@ class Run:
         The pass over most images: the speed of a small one tells little.
     timings
         Seconds of each stage, and their `total`.
+    drift
+        What was added against the rest; None where nothing was added to a version before.
     version, folder, files
         Its number, where its files lie below `versions/`, and the bytes of each (versions.py).
     """
@@ -153,6 +198,7 @@ class Run:
     made: Made | None
     versions: dict[str, str]
     cluster: Cluster
+    drift: Drift | None = None
     version: int = 0
     folder: str = ""
     files: dict[str, int] = field(default_factory=dict)
@@ -199,7 +245,12 @@ def _run_of(told: dict[str, Any]) -> Run:
         told.pop("last_pass", None)
         if speed:
             del speed["images_per_second"]
+    drift = told.get("drift")
+    if drift:
+        labels = tuple(LabelDrift(**one) for one in drift["labels"])
+        drift = Drift(**{**drift, "labels": labels, "new_labels": tuple(drift["new_labels"])})
     read = {
+        "drift": drift,
         "counts": Counts(**told["counts"]),
         "model": Model(**told["model"]),
         "pca": Fit(**{**fit, "requested": PCAOptions(**fit["requested"])}),

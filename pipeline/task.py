@@ -51,6 +51,8 @@ class PassOverImages:
         Where the slices of the listing lie.
     table
         Where the table's files go, below the folder `commit`.
+    since
+        The table's version before that commit.
     """
 
     model: Broadcast[bytes]
@@ -62,6 +64,7 @@ class PassOverImages:
     commit: str
     done: Accumulator[int]
     quarantined: Accumulator[int]
+    since: int = 0
     limits: Limits = LIMITS
 
     def __call__(self, slices: Iterator[Slice]) -> Iterator[pa.RecordBatch]:
@@ -146,6 +149,7 @@ class PassOverImages:
                 _lists(vectors, self.dimensions),
                 pa.array(stages, pa.string()),
                 pa.array(reasons, pa.string()),
+                pa.array([self.since] * count, pa.int64()),
             ],
             schema=TABLE,
         )

@@ -70,7 +70,8 @@ class Merge:
     def __call__(self, groups: Iterator[list[str]]) -> Iterator[pa.RecordBatch]:
         """Yield path, size and rows of each new file."""
         for group in groups:
-            rows = pa.Table.from_batches([b for file in group for b in self.parts.read(file)])
+            each = [pa.Table.from_batches(list(self.parts.read(file))) for file in group]
+            rows = pa.concat_tables(each, promote_options="default")  # older ones lack a column
             path = f"{self.commit}/{uuid.uuid4().hex}.parquet"
             size = self.parts.write(path, rows)
             yield pa.RecordBatch.from_pydict(

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from pipeline import __version__
+from pipeline.drift import compare, others_of
 from pipeline.engine.jars import hadoop_version
 from pipeline.engine.session import task_slots
 from pipeline.features import Pass
@@ -25,7 +26,14 @@ from pipeline.pca import PCA
 from pipeline.reading import ImageReader
 from pipeline.record import Cluster, Fit, PCAOptions, Run
 from pipeline.result.matrix import explained_variance_csv, write_csv, write_matrix
-from pipeline.result.overview import Overview, look_at, pictures_of, points_of, quarantine
+from pipeline.result.overview import (
+    Overview,
+    farthest_of,
+    look_at,
+    pictures_of,
+    points_of,
+    quarantine,
+)
 from pipeline.result.samples import Samples
 from pipeline.storage import Store
 from pipeline.table.feature_table import FeatureTable
@@ -44,6 +52,8 @@ class Making:
         The pass that left the table as it is.
     pca, options
         The projection, and what was asked for.
+    previous
+        The record of the result before.
     """
 
     spark: SparkSession
@@ -54,6 +64,7 @@ class Making:
     images: ImageReader
     output: Store
     journal: Journal
+    previous: Run | None = None
 
     @property
     def place(self) -> str:
@@ -65,21 +76,38 @@ class Making:
         spark, table, done, pca = self.spark, self.table, self.done, self.pca
         output, place = self.output, self.place
         with self.journal.stage("matrix"):
-            write_matrix(spark, table, done.snapshot, done.known.features, pca, output, place)
+            since = self._since()
+            features = done.known.features
+            spreads = write_matrix(spark, table, done.snapshot, features, pca, output, place, since)
+            drift = None if spreads is None else compare(spreads)
             output.write(f"{place}/explained_variance.csv", explained_variance_csv(pca))
             output.write(f"{place}/model/pca.npz", pca.to_bytes())
             bad = self._write_quarantine()
         with self.journal.stage("report"):
             overview = look_at(spark, table, done.snapshot)
-            run = self._describe(overview)
+            run = replace(self._describe(overview), drift=drift)
             samples = Samples(
                 points_of(spark, output.address / f"{place}/matrix.parquet", run.pca.rows, pca.k),
                 pictures_of(overview.labels, self.images),
             )
+            if drift and drift.is_unlike and spreads and since is not None:
+                half_as_far = drift.labels[0].distance / 2
+                most = [label.name for label in drift.labels if label.distance >= half_as_far]
+                others = others_of(spreads, most)
+                far = farthest_of(spark, table, done.snapshot, pca, since, others, self.images)
+                samples = replace(samples, farthest=far)
             samples.write(output, f"{place}/")
             report = _report(run, samples, pca, bad)
             output.write(f"{place}/report.html", report.encode())
         return run
+
+    def _since(self) -> int | None:
+        """Return the table's version in the result before, None where that was of another table."""
+        before, now = self.previous, self.done.snapshot.version
+        if before is None or before.model.id != self.table.model.id:
+            return None
+        version = before.pca.table_version
+        return None if version is None or version > now else version
 
     def _write_quarantine(self) -> pa.Table:
         """Write quarantine.csv, and return as much of it as a page shows."""
@@ -124,6 +152,7 @@ class Making:
                 fit="full" if read >= features else "grown" if read else "unchanged",
                 rows_read=read,
                 state=done.snapshot.state,
+                table_version=done.snapshot.version,
             ),
             images_per_second=done.computed / seconds if done.computed and seconds else None,
             largest_pass=done.largest,

@@ -14,23 +14,27 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pv
 from pyspark import TaskContext
 from pyspark.core.broadcast import Broadcast
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from pipeline.drift import SCORES, Spreads
 from pipeline.errors import StateError
 from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable, with_features
-from pipeline.table.parts import Parts, for_each
+from pipeline.table.parts import Parts, for_each, tasks_for
 
 BYTES_OF_NUMBER, BYTES_OF_PATH = 19, 60  # about, in the CSV
 BYTES_OF_RANGE = 32 << 20
 PART = pa.schema([("part", pa.string()), ("size", pa.int64()), ("rows", pa.int64())])
+FAR = pa.schema([("path", pa.string()), ("label", pa.string()), ("distance", pa.float64())])
 MOST_RANGES = 9_000  # an object of S3 is joined of 10,000 parts at most
 
 
@@ -42,7 +46,8 @@ def write_matrix(
     pca: PCA,
     output: Store,
     place: str,
-) -> None:
+    since: int | None = None,
+) -> Spreads | None:
     """Write `matrix.parquet/` and `matrix.csv` into a folder below OUTPUT.
 
     Parameters
@@ -51,6 +56,13 @@ def write_matrix(
         How many rows of the table have features, each of which gives a row.
     pca
         The projection; the matrix gets columns path, label, pc_1 .. pc_k (double).
+    since
+        The table's version in the result before; None where there is none.
+
+    Returns
+    -------
+    Spreads
+        Those of the scores, where rows were there before.
 
     Raises
     ------
@@ -63,7 +75,8 @@ def write_matrix(
     )
     folder = output.address / place
     model = spark.sparkContext.broadcast(pca.to_bytes())
-    project = Project(table.parts, model, names)
+    tallies = table.parts.beside(folder / f"spreads-{uuid.uuid4().hex}")
+    project = Project(table.parts, model, names, tallies, since)
     rows = for_each(spark, list(snapshot.files), project, schema)
     rows.write.mode("overwrite").parquet((folder / "matrix.parquet").uri)
     matrix = spark.read.schema(rows.schema).parquet((folder / "matrix.parquet").uri)
@@ -82,6 +95,14 @@ def write_matrix(
     joined = [(f"{place}/{csv}/{row['part']}", row["size"]) for row in parts]
     output.join(joined, f"{place}/matrix.csv")
     output.delete(f"{place}/{csv}")
+    if since is None:
+        return None
+    spreads = Spreads(min(SCORES, pca.k))
+    for number in range(tasks_for(spark, len(snapshot.files))):
+        for batch in tallies.read(f"{number}.parquet"):
+            spreads.merge(pa.Table.from_batches([batch]))
+    output.delete(f"{place}/{tallies.address.path.rpartition('/')[2]}")
+    return spreads
 
 
 def ranges_of(rows: int, k: int) -> int:
@@ -116,15 +137,22 @@ class WriteRange:
 
 @dataclass(frozen=True)
 class Project:
-    """What a task does with files of the feature table: the scores of their rows."""
+    """What a task does with files of the feature table: the scores of their rows.
+
+    With `since`, it also writes the spreads of the scores: rows of that version of the table, or of
+    a later one, are those that were added.
+    """
 
     parts: Parts
     model: Broadcast[bytes]
     names: list[str]
+    tallies: Parts
+    since: int | None
 
     def __call__(self, files: Iterator[str]) -> Iterator[pa.RecordBatch]:
         """Yield path, label and scores."""
         pca = PCA.from_bytes(self.model.value)
+        spreads = Spreads(min(SCORES, pca.k))
         for batch in (batch for file in files for batch in with_features(self.parts, file)):
             rows = feature_matrix(batch.column("features"), len(pca.mean))
             scores = np.asfortranarray(pca.transform(rows))
@@ -133,6 +161,58 @@ class Project:
                 [batch.column("path"), batch.column("label"), *columns],
                 names=["path", "label", *self.names],
             )
+            if self.since is not None:
+                spreads.add(batch.column("label"), scores, is_added(batch, self.since))
+        if self.since is not None:
+            number = TaskContext.get().partitionId()  # type: ignore[union-attr]
+            self.tallies.write(f"{number}.parquet", spreads.to_table())
+
+
+def is_added(rows: pa.RecordBatch, since: int) -> npt.NDArray[np.bool_]:
+    """Tell which rows were added to the table at a version or later."""
+    if "since" not in rows.schema.names:
+        return np.zeros(rows.num_rows, bool)
+    added = pc.fill_null(pc.greater_equal(rows.column("since"), since), False)
+    found: npt.NDArray[np.bool_] = added.to_numpy(zero_copy_only=False)
+    return found
+
+
+@dataclass(frozen=True)
+class Farthest:
+    """What a task does to find the added images that are farthest from the others of their label.
+
+    Attributes
+    ----------
+    others
+        Mean and standard deviation of the others' scores, by label.
+    """
+
+    parts: Parts
+    model: Broadcast[bytes]
+    since: int
+    others: dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+    number: int
+
+    def __call__(self, files: Iterator[str]) -> Iterator[pa.RecordBatch]:
+        """Yield path, label and distance of a few."""
+        pca = PCA.from_bytes(self.model.value)
+        found: list[dict[str, Any]] = []
+        for file in files:
+            if not any(is_added(b, self.since).any() for b in self.parts.read(file, ["since"])):
+                continue
+            for batch in with_features(self.parts, file):
+                rows = batch.filter(pa.array(is_added(batch, self.since)))
+                if not rows.num_rows:
+                    continue
+                scores = pca.transform(feature_matrix(rows.column("features"), len(pca.mean)))
+                names = zip(*(rows.column(name).to_pylist() for name in FAR.names[:2]), strict=True)
+                for (path, label), row in zip(names, scores, strict=True):
+                    if (others := self.others.get(label or "")) is not None:
+                        mean, deviation = others
+                        apart = np.mean(((row[: len(mean)] - mean) / deviation) ** 2)
+                        found.append({"path": path, "label": label, "distance": float(apart**0.5)})
+                found = sorted(found, key=lambda one: -one["distance"])[: self.number]
+        yield pa.RecordBatch.from_pylist(found, FAR)
 
 
 def explained_variance_csv(pca: PCA) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,13 @@ from PIL import Image
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as sf
 
+from pipeline.drift import Floats
 from pipeline.networks.decode import decode
+from pipeline.pca import PCA
 from pipeline.quarantine import READ
 from pipeline.reading import ImageReader
+from pipeline.result.matrix import FAR, Farthest
+from pipeline.result.samples import FAR_PICTURE
 from pipeline.storage import Address
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import DECODER, RUNTIME, FeatureTable
@@ -31,6 +35,7 @@ COLUMNS = ["path", "label", "stage", "decoder", "runtime"]
 MOST_LABELS = 10_000  # folders, not images: where each has its own, the largest are told
 SCORES_SHOWN = 20_000
 PICTURE_SIZE = 100  # pixels
+FARTHEST_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -133,22 +138,46 @@ class _Labels:
 
 def pictures_of(labels: Sequence[Label], reader: ImageReader) -> dict[str, list[bytes]]:
     """Read a few images of each label as small JPEGs."""
+    shown = labels[:LABELS_SHOWN]
+    made = iter(_pictures([path for label in shown for path in label.examples], reader))
+    each = {label.name: [next(made) for _ in label.examples] for label in shown}
+    return {name: [jpeg for jpeg in jpegs if jpeg] for name, jpegs in each.items()}
+
+
+def _pictures(paths: Sequence[str], reader: ImageReader) -> list[bytes | None]:
+    """Read images as small JPEGs; None for one that is gone since: its neighbours are shown."""
     read = reader.open()
 
     def picture(path: str) -> bytes | None:
         try:
             pixels = decode(read(path)[0], PICTURE_SIZE)
         except (OSError, ValueError):
-            return None  # gone since: its neighbours are shown
+            return None
         content = io.BytesIO()
         Image.fromarray(pixels).save(content, "JPEG", quality=82)
         return content.getvalue()
 
-    pictures = {}
     with ThreadPoolExecutor(16) as pool:
-        for label in labels[:LABELS_SHOWN]:
-            pictures[label.name] = [made for made in pool.map(picture, label.examples) if made]
-    return pictures
+        return list(pool.map(picture, paths))
+
+
+def farthest_of(
+    spark: SparkSession,
+    table: FeatureTable,
+    snapshot: Snapshot,
+    pca: PCA,
+    since: int,
+    others: Mapping[str, tuple[Floats, Floats]],
+    reader: ImageReader,
+) -> pa.Table:
+    """Return the added images that are farthest from the others of their label (FAR_PICTURE)."""
+    model = spark.sparkContext.broadcast(pca.to_bytes())
+    find = Farthest(table.parts, model, since, dict(others), FARTHEST_SHOWN)
+    found = for_each(spark, list(snapshot.files), find, FAR).toArrow().to_pylist()
+    most = sorted(found, key=lambda one: -one["distance"])[:FARTHEST_SHOWN]
+    jpegs = _pictures([one["path"] for one in most], reader)
+    rows = [{**one, "jpeg": jpeg} for one, jpeg in zip(most, jpegs, strict=True) if jpeg]
+    return pa.Table.from_pylist(rows, FAR_PICTURE)
 
 
 def points_of(spark: SparkSession, matrix: Address, rows: int, k: int) -> pa.Table:

@@ -25,6 +25,8 @@ from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipeline.drift import words
+from pipeline.quarantine import word_of
 from pipeline.record import Run
 from pipeline.result.samples import Samples
 
@@ -114,6 +116,7 @@ def render_report(run: Run, samples: Samples, variance_ratio: Floats, quarantine
         varieties=_varieties(plane, samples.pictures),
         marks=len(COLOURS) * len(OUTLINES),
         milestones=_milestones(variance_ratio),
+        drift=_drift(run, samples),
         quarantine=_quarantine(quarantine, run.images, run.counts.quarantined),
         stages=_stages(run.timings),
     )
@@ -377,13 +380,28 @@ def _quarantine(table: pa.Table, images: str, total: int) -> dict[str, Any]:
             *(table[name].to_pylist() for name in ("path", "stage", "reason")), strict=True
         )
     ]
-    groups = Counter((stage, reason) for _, stage, reason in rows)
+    groups = Counter((stage, word_of(reason)) for _, stage, reason in rows)
     return {
         "total": max(total, len(rows)),
         "looked_at": len(rows),
         "rows": rows[:MAX_QUARANTINE_ROWS],
         "groups": groups.most_common(MAX_QUARANTINE_GROUPS),
         "kinds": len(groups),
+    }
+
+
+def _drift(run: Run, samples: Samples) -> dict[str, Any] | None:
+    """What was added, in words, and what is farthest, in pictures."""
+    if run.drift is None:
+        return None
+    return {
+        "words": words(run.drift),
+        "is_unlike": run.drift.is_unlike,
+        "labels": run.drift.labels if run.drift.is_unlike else (),
+        "pictures": [
+            {**row, "source": base64.b64encode(row["jpeg"]).decode()}
+            for row in samples.farthest.to_pylist()
+        ],
     }
 
 

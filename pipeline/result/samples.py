@@ -2,6 +2,8 @@
 
     report-data/scores.parquet     images as points: path, label, pc_1, pc_2; a sample of very many
     report-data/pictures.parquet   label and a small JPEG, a few of each label
+    report-data/farthest.parquet   path, label, distance and a small JPEG of added images that are
+                                   unlike the rest, where there are any
 
 Report and slides are drawn from them.
 """
@@ -9,7 +11,7 @@ Report and slides are drawn from them.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +20,16 @@ from pipeline.errors import StateError
 from pipeline.storage import Store
 
 SCORES, PICTURES = "report-data/scores.parquet", "report-data/pictures.parquet"
+FARTHEST = "report-data/farthest.parquet"
 PICTURE = pa.schema([("label", pa.string()), ("jpeg", pa.binary())])
+FAR_PICTURE = pa.schema(
+    [
+        ("path", pa.string()),
+        ("label", pa.string()),
+        ("distance", pa.float64()),
+        ("jpeg", pa.binary()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +42,13 @@ class Samples:
         path, label (null where there is none), pc_1 and, of more than one component, pc_2.
     pictures
         JPEGs by label; those of images without a label under "".
+    farthest
+        Added images that are farthest from the others of their label (FAR_PICTURE).
     """
 
     scores: pa.Table
     pictures: dict[str, list[bytes]]
+    farthest: pa.Table = field(default_factory=FAR_PICTURE.empty_table)
 
     def write(self, store: Store, prefix: str = "") -> None:
         """Write both files below a prefix of a store."""
@@ -44,7 +58,10 @@ class Samples:
             for jpeg in jpegs
         ]
         pictures = pa.Table.from_pylist(rows, PICTURE)
-        for name, table in ((SCORES, self.scores), (PICTURES, pictures)):
+        kept = {SCORES: self.scores, PICTURES: pictures}
+        if self.farthest.num_rows:
+            kept[FARTHEST] = self.farthest
+        for name, table in kept.items():
             content = io.BytesIO()
             pq.write_table(table, content)
             store.write(f"{prefix}{name}", content.getvalue())

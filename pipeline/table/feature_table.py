@@ -52,6 +52,8 @@ TABLE = pa.schema(
         pa.field("features", pa.list_(pa.float32())),
         pa.field("stage", pa.string()),
         pa.field("reason", pa.string()),
+        # The table's version before the commit that added the row; null in rows of older projects.
+        pa.field("since", pa.int64()),
     ]
 )
 
@@ -378,7 +380,7 @@ class FeatureTable:
 
         def rows(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
             for file in files:
-                yield from with_features(parts, file)
+                yield from (batch.select(columns) for batch in with_features(parts, file))
 
         columns = ["path", "label", "features"]
         return for_each(spark, list(snapshot.files), rows, picked(TABLE, columns))
@@ -389,8 +391,10 @@ def _sum_of(content: bytes) -> str:
 
 
 def with_features(parts: Parts, file: str) -> Iterator[pa.RecordBatch]:
-    """Yield path, label and features of a file's rows that have features."""
-    for batch in parts.read(file, ["path", "label", "features"]):
+    """Yield path, label, features and since of a file's rows that have features."""
+    for batch in parts.read(file, ["path", "label", "features", "since"]):
+        if "since" not in batch.schema.names:
+            batch = batch.append_column("since", pa.nulls(batch.num_rows, pa.int64()))
         yield batch.filter(pc.is_valid(batch.column("features")))
 
 

@@ -36,6 +36,7 @@ BENCHMARKS = (
     "scale",
     "memory",
     "correctness",
+    "drift",
 )
 RESULTS = Path("bench-results.json")
 

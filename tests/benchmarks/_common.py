@@ -117,9 +117,8 @@ def images_on_s3(setup: Setup, archive: str, count: int | None) -> Iterator[Plac
     """Start a cluster and bring images to its S3, evenly chosen if `count` is less than all."""
     model = identify(NETWORKS["mobilenet_v2"], setup.weights, 224)
     flatbuffer(model, setup.weights)  # into the user's cache, before anything is timed
-    named = setup.source / archive
     with (
-        open_images(named if named.exists() else setup.source) as (folder, _),
+        open_images(source_of(setup, archive)) as (folder, _),
         loopback_cluster(CLUSTERS) as cluster,
     ):
         found = (file for file in folder.rglob("*") if is_image(str(file)))
@@ -128,6 +127,12 @@ def images_on_s3(setup: Setup, archive: str, count: int | None) -> Iterator[Plac
         place = Place(cluster, model, setup.weights, files)
         place.upload({str(file.relative_to(folder)): file for file in files})
         yield place
+
+
+def source_of(setup: Setup, archive: str) -> Path:
+    """Return the archive of a name, or whatever images there are."""
+    named = setup.source / archive
+    return named if named.exists() else setup.source
 
 
 def spread(files: list[Path], count: int | None) -> list[Path]:

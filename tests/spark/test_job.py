@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.networks.model import Model
+from pipeline.record import FORMAT
 from tests.cli.test_messages import one_line_error
 from tests.conftest import Fruits
 from tests.corpus import bad_images
@@ -131,7 +133,7 @@ def test_a_result_of_an_older_version_is_made_anew_with_what_it_lacked(
     done = fruits_on_spark("run", pictures, output, *SMALL, "--components", 5)
     assert done.returncode == 0, done.stderr
     run = run_json(output)
-    assert (run["format"], run["counts"]["computed"], run["pca"]["rows_read"]) == (3, 0, 0)
+    assert (run["format"], run["counts"]["computed"], run["pca"]["rows_read"]) == (FORMAT, 0, 0)
     assert (output / "report-data" / "pictures.parquet").exists()
 
 
@@ -146,6 +148,8 @@ def test_a_grown_folder_costs_its_own_part_and_equals_a_run_from_scratch(
     assert (run["counts"]["computed"], run["counts"]["reused"]) == (3, 52)
     assert (run["pca"]["fit"], run["pca"]["rows_read"]) == ("grown", 3)
     assert (run["made"]["computed"], run["largest_pass"]["images"]) == (3, 52)
+    assert (run["drift"]["added"], run["drift"]["is_unlike"]) == (3, None)
+    assert "3 images were added: too few of known labels to compare" in done.stdout
 
     scratch = output.with_name("scratch")
     assert fruits_on_spark("run", pictures, scratch, *SMALL).returncode == 0
@@ -163,6 +167,39 @@ def test_an_image_that_is_gone_leaves_the_result(
     run = run_json(output)
     assert (run["counts"]["dropped"], run["pca"]["requested"]["standardize"]) == (1, True)
     assert str(gone.relative_to(pictures)) not in scores(output)[0]
+
+
+def test_images_that_are_unlike_the_rest_are_told_and_shown(
+    fruits_on_spark: Fruits, tmp_path: Path
+) -> None:
+    drawn = np.random.default_rng(7)
+
+    def put(label: str, name: str, level: float) -> None:
+        file = tmp_path / "in" / label / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = drawn.normal(level, 40, (24, 24, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noise).save(file)
+
+    labels = {"dark": 60, "light": 180}
+    for label, level in labels.items():
+        for number in range(60):
+            put(label, str(number), level)
+    assert fruits_on_spark("run", tmp_path / "in", tmp_path / "out", *SMALL).returncode == 0
+    assert run_json(tmp_path / "out")["drift"] is None
+    for label, level in labels.items():
+        for number in range(110):
+            put(label, f"new-{number}", level + (30 if label == "dark" else 0))
+    done = fruits_on_spark("run", tmp_path / "in", tmp_path / "out", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "220 images were added. They are unlike the rest, most of all dark" in done.stdout
+    drift = run_json(tmp_path / "out")["drift"]
+    assert (drift["added"], drift["compared"], drift["is_unlike"]) == (220, 220, True)
+    (far,) = (tmp_path / "out/report-data").glob("farthest.parquet")
+    rows = pq.read_table(far).to_pylist()
+    assert len(rows) == 12
+    assert {(row["label"], row["path"].startswith("dark/new-")) for row in rows} == {("dark", True)}
+    assert "They are unlike the rest" in (tmp_path / "out/report.html").read_text()
+    assert not list((tmp_path / "out").rglob("spreads-*"))
 
 
 def test_a_result_older_than_the_features_is_made_anew(

@@ -56,7 +56,7 @@ def test_the_projection_of_a_task_is_that_of_the_pca(pca: PCA, tmp_path: Path) -
     parts.write("two.parquet", rows.slice(20))
     broadcast: Any = SimpleNamespace(value=pca.to_bytes())
 
-    project = Project(parts, broadcast, ["pc_1", "pc_2"])
+    project = Project(parts, broadcast, ["pc_1", "pc_2"], parts, None)
     table = pa.Table.from_batches(list(project(iter(["one.parquet", "two.parquet"]))))
 
     assert table.column_names == ["path", "label", "pc_1", "pc_2"]
