@@ -2,9 +2,10 @@
 
 It forwards bytes as they are, Host header and signature included, on one connection to S3 for
 each of the client's, kept alive as long as the client keeps its own. It can hold the answer to
-every GET back for a while, answer a share of all requests with 503 SlowDown, and never answer
-another share. It can hold commits to a Delta table back until several have come, and let them go
-at once. It runs in a process of its own and tells at the end what it did, and at which cost.
+every GET back for a while, answer a share of all requests with 503 SlowDown, never answer another
+share, and hold a share back for as long as it likes, so that those behind overtake. It can hold
+commits to a Delta table back until several have come, and let them go at once. It runs in a process
+of its own and tells at the end what it did, and at which cost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from urllib.parse import urlsplit
 
 METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
@@ -37,7 +38,8 @@ class Behaviour:
     """Seconds added to GETs below a path, and the shares of requests refused and never answered.
 
     The first `together` commits to a Delta table are held until the last of them has come. GETs
-    below `denied_path` are answered with 403 and `denied_code`, until the proxy is hurried.
+    below `denied_path` are answered with 403 and `denied_code`, until the proxy is hurried. The
+    share `held` of all requests waits up to `held_seconds`.
     """
 
     delay: float = 0.0
@@ -47,6 +49,9 @@ class Behaviour:
     slow_path: str = "/"
     denied_path: str = "-"
     denied_code: str = "AccessDenied"
+    held: float = 0.0
+    held_seconds: float = 0.0
+    seed: int = 0
 
 
 @dataclass
@@ -67,8 +72,8 @@ class Told:
 def s3_proxy(endpoint: str, behaviour: Behaviour, address: str = "127.0.0.1") -> Iterator[Told]:
     """Run a proxy before `endpoint`, at a free port of `address`."""
     s3 = urlsplit(endpoint)
-    fields = map(str, astuple(behaviour))
-    command = [sys.executable, "-m", __name__, address, str(s3.hostname), str(s3.port), *fields]
+    given = map(str, astuple(behaviour))
+    command = [sys.executable, "-m", __name__, address, str(s3.hostname), str(s3.port), *given]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as proxy:
@@ -143,6 +148,11 @@ class _FromClient(asyncio.Protocol):
             if fate < self.behaviour.refused + self.behaviour.hung:
                 self.told.hung += 1
                 self.is_hung = True
+            if random.random() < self.behaviour.held:
+                self.held = [data]
+                seconds = random.uniform(0, self.behaviour.held_seconds)
+                asyncio.get_running_loop().call_later(seconds, self._go_on)
+                return
             if data.startswith(b"GET "):
                 self.told.gets += 1
                 path = f"GET {self.behaviour.denied_path}".encode()
@@ -159,8 +169,8 @@ class _FromClient(asyncio.Protocol):
             self.answers.transport.write(data)
 
     def _go_on(self) -> None:
-        assert self.answers.transport is not None
-        self.answers.transport.write(b"".join(self.held or []))
+        if self.answers.transport is not None:  # else the client has gone meanwhile
+            self.answers.transport.write(b"".join(self.held or []))
         self.held = None
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -212,7 +222,7 @@ def _cpu_seconds() -> float:
 
 
 async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> None:
-    random.seed(0)
+    random.seed(behaviour.seed)
     told, gate = Told(""), _Gate(behaviour.together)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
@@ -227,7 +237,7 @@ async def _serve(address: str, host: str, port: int, behaviour: Behaviour) -> No
 
 
 if __name__ == "__main__":
-    where, host, port, delay, refused, hung, together, *paths = sys.argv[1:]
-    shares = float(delay), float(refused), float(hung)
-    behaviour = Behaviour(*shares, int(together), *paths)
+    where, host, port, *given = sys.argv[1:]
+    kinds = [type(field.default) for field in fields(Behaviour)]
+    behaviour = Behaviour(*(kind(value) for kind, value in zip(kinds, given, strict=True)))
     asyncio.run(_serve(where, host, int(port), behaviour))
