@@ -26,6 +26,7 @@ from pipeline.storage import Address, S3Settings, open_store
 from pipeline.table.feature_table import FeatureTable
 from pipeline.upkeep import vacuum as vacuum_table
 from pipeline.upload import upload as upload_folder
+from pipeline.versions import KEPT
 
 app = typer.Typer(
     help="From fruit photos on S3 to a PCA matrix, on a Spark cluster of your own.",
@@ -116,6 +117,12 @@ MaxUnreadable = Annotated[
         "time, cannot be read.",
     ),
 ]
+KeepVersions = Annotated[
+    int, typer.Option(min=1, help="Keep so many of the newest versions of the result.")
+]
+KeepDays = Annotated[
+    float, typer.Option(min=0, help="Keep what was current within so many days, too.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 ImagesHere = Annotated[
     Path | None,
@@ -148,6 +155,8 @@ def run(
     retry_quarantine: RetryQuarantine = False,
     max_unreadable: MaxUnreadable = MOST_SHARE,
     single_writer: SingleWriter = False,
+    keep_versions: KeepVersions = KEPT,
+    keep_days: KeepDays = 1,
     debug: Debug = False,
 ) -> None:
     """Do the whole job: list, features, PCA, matrix. A rerun computes only what is new."""
@@ -160,6 +169,8 @@ def run(
         single_writer=single_writer,
         retry_quarantine=retry_quarantine,
         max_unreadable=max_unreadable,
+        keep_versions=keep_versions,
+        keep_days=keep_days,
     )
     with open_place(master) as place, observing() as observer:
         job = make_job(place, observer, images, output, backbone, weights, input_size, choices)
@@ -219,11 +230,18 @@ def pca(
     master: MasterUrl = None,
     force: Force = False,
     single_writer: SingleWriter = False,
+    keep_versions: KeepVersions = KEPT,
+    keep_days: KeepDays = 1,
     debug: Debug = False,
 ) -> None:
     """Fit the PCA and write the matrix from the features that OUTPUT holds."""
     with open_place(master) as place, observing() as observer:
-        choices = Choices(force=force, single_writer=single_writer)
+        choices = Choices(
+            force=force,
+            single_writer=single_writer,
+            keep_versions=keep_versions,
+            keep_days=keep_days,
+        )
         job = make_job_of_table(place, observer, output, backbone, choices)
         job.pca = _pca_options(components, variance, standardize)
         result = job.fit()

@@ -31,7 +31,18 @@ from pipeline.storage import Address, BucketStore, S3Settings, open_store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
-from pipeline.versions import RECORD, copy_newest, delete_all, lacking, newest, prune, publish
+from pipeline.versions import (
+    DAY,
+    KEPT,
+    RECORD,
+    YOUNG,
+    copy_newest,
+    delete_all,
+    lacking,
+    newest,
+    prune,
+    publish,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class Choices:
         Try again all images that have no features.
     max_unreadable
         The share of the images read for the first time that may not be readable.
+    keep_versions, keep_days
+        So many of the newest versions of the result stay, and all that were current within so many
+        days.
     """
 
     inventory: Address | None = None
@@ -63,6 +77,8 @@ class Choices:
     single_writer: bool = False
     retry_quarantine: bool = False
     max_unreadable: float = MOST_SHARE
+    keep_versions: int = KEPT
+    keep_days: float = YOUNG / DAY
 
 
 @dataclass
@@ -224,7 +240,7 @@ class Job:
         run = replace(run, timings=self.journal.with_total(), finished=now())
         self.store.write(RECORD, run.to_bytes())
         copy_newest(self.store)
-        prune(self.store)
+        self._prune()
         return run
 
     def _compute(self, base: Snapshot | None, listing: Listing) -> Pass:
@@ -296,8 +312,11 @@ class Job:
             single_writer=self.choices.single_writer,
         )
         copy_newest(self.store)
-        prune(self.store)
+        self._prune()
         return run
+
+    def _prune(self) -> None:
+        prune(self.store, self.choices.keep_versions, self.choices.keep_days * DAY)
 
     def _is_of_table(self, run: Run) -> bool:
         snapshot = self.table.snapshot()

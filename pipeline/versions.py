@@ -34,7 +34,8 @@ RESULT = (
 VERSIONS = "versions"
 OLD_PLACE = "_next"  # where results were prepared before there were versions
 KEPT = 3  # versions
-YOUNG = timedelta(days=1)  # what is younger is kept, too: somebody may be reading it
+DAY = timedelta(days=1)
+YOUNG = DAY  # what is younger is kept, too: somebody may be reading it
 COPIED_AGAIN = 20  # times, while other runs publish
 _NAME = re.compile(rf"{VERSIONS}/(\d{{8}})\.json")
 _PRUNED = b"{}"  # of a record whose files are gone: its number is never used again

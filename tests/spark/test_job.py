@@ -302,10 +302,14 @@ def test_what_is_known_of_the_rows_is_counted_anew_where_it_was_damaged(
         state.write_bytes(state.read_bytes()[:-100])
     before = output.with_name("before")
     shutil.copytree(output, before)
-    done = fruits_on_spark("run", pictures, output, *SMALL, "--standardize")
+    only_two = ("--keep-versions", 2, "--keep-days", 0)
+    done = fruits_on_spark("run", pictures, output, *SMALL, "--standardize", *only_two)
     assert done.returncode == 0, done.stderr
     run = run_json(output)
     assert (run["counts"]["computed"], run["pca"]["fit"]) == (0, "full")
+    kept = [file for file in (output / "versions").glob("0*.json") if file.stat().st_size > 2]
+    assert len(kept) == 2
+    assert json.loads(max(kept).read_text())["run_id"] == run["run_id"]
     assert_same_matrix(before, output)
     done = fruits_on_spark("run", pictures, output, *SMALL, "--standardize")
     assert "spark" not in run_json(output)["timings"]
