@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.networks.decode import MAX_BYTES
+from pipeline.networks.cost import MAX_BYTES
 from pipeline.quarantine import BadImageError, Reason
 from pipeline.s3_codes import answer_in, explained, reason_of
 from pipeline.storage import Address, S3Settings, s3_client

@@ -1,30 +1,33 @@
 """Turns the bytes of an image into the pixels that a network reads, or says why it cannot.
 
 Pillow decodes and resizes, always with the same explicit filter: another filter gives other
-features. `PREPROCESSING` names all of it and is part of a model's id.
+features. `PREPROCESSING` names all of it and is part of a model's id. What an image will take is
+known from its header (cost.py) before it is decoded; above 12 million pixels it is made smaller on
+the way, so that a photo of 48 million costs little more than one of 12.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError
 
+from pipeline.networks.cost import MAX_PIXELS, WHOLE_PIXELS, check_cost
+from pipeline.networks.formats import FORMATS, recognised, without_metadata
 from pipeline.quarantine import BadImageError, Reason
 
 PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
 
-# A pixel costs up to 27 bytes on its way (RGBA WebP, measured), so one image 320 MB at most.
-MAX_PIXELS = 12_000_000
-# A JPEG is decoded at an eighth of its size where that is enough, so more pixels cost only time.
-MAX_JPEG_PIXELS = 200_000_000
-# The file itself is in memory, too: 12 million pixels take 96 MB where nothing is compressed.
-MAX_BYTES = 128_000_000
+# Pillow refuses files of twice as many pixels: what they take is looked at here, before they are
+# decoded.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a task has one slot
 
-# Pillow warns of bombs, which MAX_PIXELS refuses, and of odd metadata. Filtered once and for all:
+# Pillow warns of bombs, which are looked at here, and of odd metadata. Filtered once and for all:
 # `catch_warnings` in `decode` would lose the caller's own filters where threads decode at once.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -35,7 +38,8 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     Parameters
     ----------
     content
-        The bytes of a JPEG, PNG, WebP, BMP, GIF (its first frame) or TIFF file.
+        The bytes of a JPEG (also with several pictures, MPO), PNG, WebP, BMP, GIF (its first
+        frame), TIFF or AVIF file.
     size
         The side of the square, in pixels.
 
@@ -47,51 +51,64 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     Raises
     ------
     BadImageError
-        When the bytes are no image, are truncated, or hold more than 12 million pixels (200
-        million in a JPEG, of which no more than 12 million are left at the scale it is decoded at).
+        When the bytes are no image, are damaged, or would take more memory or time than one image
+        may (cost.py).
     MemoryError
         When there is not enough memory, which may be taken by others.
     """
     if not content:
         raise BadImageError(Reason.EMPTY, "the file has 0 bytes")
+    kind = recognised(content)
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(without_metadata(content)), formats=FORMATS) as image:
+            kind = str(image.format)
+            check_cost(image, content, size)
             return _pixels(image, size)
-    except BadImageError:
-        raise
-    except UnidentifiedImageError:
-        raise BadImageError(Reason.NOT_AN_IMAGE, f"begins with {content[:8]!r}") from None
-    except Image.DecompressionBombError as error:
-        raise BadImageError(Reason.TOO_LARGE, str(error)) from None
-    except MemoryError:
+    except (BadImageError, MemoryError):
         raise  # who takes the memory is not known here
+    except UnidentifiedImageError:
+        raise _unidentified(content, kind) from None
+    except Image.DecompressionBombError as error:
+        raise BadImageError(Reason.TOO_LARGE, f"{kind}: {error}") from None
     except Exception as error:  # Pillow's decoders raise many kinds; none may end a job
-        raise BadImageError(Reason.DAMAGED, str(error) or type(error).__name__) from None
+        told = str(error) or type(error).__name__
+        raise BadImageError(Reason.DAMAGED, f"{kind or 'image'}: {told}") from None
 
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+def _unidentified(content: bytes, kind: str | None) -> BadImageError:
+    """Say what is wrong with bytes that no decoder takes, as far as their beginning tells."""
+    if kind is None:
+        return BadImageError(Reason.NOT_AN_IMAGE, f"begins with {content[:8]!r}")
+    if kind in FORMATS:
+        return BadImageError(Reason.DAMAGED, f"{kind}: its header cannot be read")
+    return BadImageError(Reason.UNSUPPORTED, f"{kind}; convert it, to JPEG for one")
 
 
 def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    width, height = image.size
-    # A large JPEG is decoded at a half, a quarter or an eighth, never below twice the size wanted.
+    # A JPEG is decoded at a half, a quarter or an eighth, never below twice the size wanted.
     image.draft(None, (2 * size, 2 * size))
-    most = MAX_JPEG_PIXELS if image.format == "JPEG" else MAX_PIXELS
-    if width * height > most:
-        raise BadImageError(
-            Reason.TOO_LARGE,
-            f"{width} x {height} pixels are more than the {most:,} that are decoded",
-        )
-    if image.width * image.height > MAX_PIXELS:  # long and thin, or wanted large
-        raise BadImageError(
-            Reason.TOO_LARGE,
-            f"{width} x {height} pixels leave {image.width} x {image.height} for a square of "
-            f"{size}, more than the {MAX_PIXELS:,} that are decoded",
-        )
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    resized = _to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
+    small = _reduced(image, size) if image.width * image.height > WHOLE_PIXELS else image
+    with suppress(Exception):  # EXIF that is none does not cost the picture
+        ImageOps.exif_transpose(small, in_place=True)
+    resized = _to_rgb(small).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+def _reduced(image: Image.Image, size: int) -> Image.Image:
+    """Make an image smaller by whole factors, not below twice the size wanted."""
+    if image.mode.startswith("I"):
+        image = _from_16_bits(image)
+    elif image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")
+    factors = (max(1, image.width // (2 * size)), max(1, image.height // (2 * size)))
+    reduced = image.reduce(factors)
+    reduced.info = image.info
+    return reduced
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

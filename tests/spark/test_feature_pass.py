@@ -252,12 +252,12 @@ def test_what_is_wrong_with_the_run_ends_it_and_writes_nothing(
 
 
 def test_an_image_on_which_workers_die_is_found_and_the_others_are_computed(place: Place) -> None:
-    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(12)} | {"a/poison.jpg": slow_image(1000)})
-    done = place.run(limits=Limits(seconds=1))
+    put(place, {f"a/{n}.jpg": jpeg(n) for n in range(12)} | {"a/poison.jpg": slow_image()})
+    done = place.run(limits=Limits(seconds=0.4))
     found = place.outcomes(done)
     assert found.pop("a/poison.jpg") == (
         DECODE,
-        "too slow: more than 1 s of a processor, twice, alone",
+        "too slow: more than 0.4 s of a processor, twice, alone",
     )
     assert set(found.values()) == {(None, None)}
     assert place.run().computed == 0

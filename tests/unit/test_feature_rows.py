@@ -188,7 +188,7 @@ def test_a_file_too_large_for_memory_is_not_read() -> None:
     outcome = read_listed(failing(AssertionError("it was read")))(row)
     assert isinstance(outcome, BadImageError)
     assert (
-        str(outcome) == "too large: 3,000,000,000 bytes are more than the 128,000,000 that are read"
+        str(outcome) == "too large: 3,000,000,000 bytes are more than the 150,000,000 that are read"
     )
 
 

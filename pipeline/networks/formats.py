@@ -1,0 +1,72 @@
+"""What a file is, told by its first bytes; and a PNG without what is not its picture."""
+
+from __future__ import annotations
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # as Pillow names them
+
+_BEGINNINGS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "BigTIFF",
+    b"MM\0+": "BigTIFF",
+    b"%PDF": "PDF",
+    b"8BPS": "Photoshop",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+}
+_BRANDS = {
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"isom", b"mp41", b"mp42", b"qt  ", b"M4V "), "a video"),
+    b"crx ": "a camera's raw file",
+}
+LARGE_CHUNK = 64 << 10  # bytes of text
+
+
+def recognised(content: bytes) -> str | None:
+    """Name the format that the first bytes are those of, None if none is known."""
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WEBP"
+    if content[4:8] == b"ftyp":
+        return _BRANDS.get(content[8:12], "a video")
+    for beginning, name in _BEGINNINGS.items():
+        if content.startswith(beginning):
+            return name
+    start = content[:256].lstrip().lower()
+    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in content[:1024].lower():
+        return "SVG"
+    return None
+
+
+def without_metadata(content: bytes) -> bytes:
+    """Leave large profiles and texts out of a PNG, which Pillow refuses a picture for."""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    place, kept, start = 8, [], 0
+    while place + 8 <= len(content):
+        length = int.from_bytes(content[place : place + 4], "big")
+        kind, end = content[place + 4 : place + 8], place + 12 + length
+        if kind == b"IDAT":
+            break
+        if _is_left_out(kind, content[place + 8 : min(end, place + 8 + LARGE_CHUNK)], length):
+            kept.append(content[start:place])
+            start = end
+        place = end
+    return b"".join([*kept, content[start:]]) if start else content
+
+
+def _is_left_out(kind: bytes, beginning: bytes, length: int) -> bool:
+    """Tell what may be larger than it looks, or is; small texts stay: XMP says what is up."""
+    if kind == b"iTXt":
+        _, _, flags = beginning.partition(b"\0")
+        return length > LARGE_CHUNK or flags[:1] == b"\1"
+    return kind in (b"iCCP", b"zTXt") or (kind == b"tEXt" and length > LARGE_CHUNK)
