@@ -121,7 +121,7 @@ def summary(run: Run, where: str) -> Table:
     if counts.other_makers:
         computed += f", {counts.other_makers:,} made by another decoder or runtime (--recompute)"
     table.add_row("features", computed + (f", {speed:,.0f} images/s" if speed else ""))
-    if run.drift:
+    if run.drift and run.made and run.made.run_id == run.run_id:
         colour = "yellow" if run.drift.is_unlike else ""
         table.add_row("added", Text(words(run.drift), style=colour))
     table.add_row("network", run.model.id)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,11 @@ from pipeline.record import Drift, LabelDrift
 SCORES = 50  # the first components; later ones hold little but noise
 SUBSETS = 20
 FEWEST = 200  # rows; fewer tell nothing
-FEWEST_OTHERS = 30  # rows of a label, for its variance
+FEWEST_OTHERS = 100  # rows of a label, for its variance, and for subsets that are not empty
 # Calibrated on real photos by tests/benchmarks/drift.py; its figures are in pipeline/SCALING.md.
 SIGNIFICANT = 4.5  # standard deviations of the subsets
 CONSIDERABLE = 0.1  # standard deviations of a label's own scores
+LEAST_VARIANCE = 0.01  # of that within all labels: a label of equal images says nothing
 LABELS_TOLD = 10
 MOST_LABELS = 1_000  # 17 kB each
 ADDED = -1  # the part of the rows that were added; 0 .. SUBSETS-1 are the subsets of the others
@@ -57,6 +58,7 @@ class Spreads:
     def __init__(self, scores: int) -> None:
         self.scores = scores
         self.places: dict[tuple[str, int], int] = {}
+        self.has_forgotten = False
         self.count = np.zeros(0)
         self.mean = np.zeros((0, scores))
         self.squares = np.zeros((0, scores))
@@ -124,6 +126,7 @@ class Spreads:
         """Forget small labels where there are very many: folders that hold one image each."""
         if len(self.places) <= 2 * MOST_LABELS * (SUBSETS + 1):
             return
+        self.has_forgotten = True
         rows: Counter[str] = Counter()
         for (label, _), place in self.places.items():
             rows[label] += int(self.count[place])
@@ -162,19 +165,20 @@ def compare(spreads: Spreads) -> Drift | None:
     added = sum(int(spreads.part(label, ADDED)[0]) for label in labels)
     if not added:
         return None
-    new, found = [], []
-    for label in labels:
-        if all((label, part) not in spreads.places for part in range(SUBSETS)):
-            new.append(label)
-        elif (one := _Label.of(spreads, label)) is not None:
-            found.append(one)
+    others = {
+        label: _together([spreads.part(label, p) for p in range(SUBSETS)]) for label in labels
+    }
+    # What was forgotten of very many labels is not known to be new.
+    new = [] if spreads.has_forgotten else [one for one in labels if not others[one][0]]
+    known = [label for label in labels if others[label][0] >= FEWEST_OTHERS]
+    least = LEAST_VARIANCE * _pooled([others[label] for label in known], spreads.scores)
+    found = [_Label.of(spreads, label, others[label], least) for label in known]
     compared = sum(one.rows for one in found)
     told = Drift(added, compared, len(new), tuple(new[:LABELS_TOLD]))
     if compared < FEWEST:
         return told
-    weights = [one.rows / compared for one in found]
-    distance = _root(sum(w * one.distance**2 for w, one in zip(weights, found, strict=True)))
-    chance = _root(sum(w * one.by_chance**2 for w, one in zip(weights, found, strict=True)))
+    distance = _root(sum(one.rows * one.beyond for one in found) / compared)
+    chance = _root(sum(one.rows * one.by_chance**2 for one in found) / compared)
     each, together = _each(found), _together_of(found)
     is_significant = max(each, together) >= SIGNIFICANT
     most = sorted(found, key=lambda one: one.distance, reverse=True)
@@ -194,7 +198,7 @@ def words(drift: Drift, things: str = "images") -> str:
     """Say it: labels and distances, never causes."""
     told = f"{drift.added:,} {things} were added"
     if drift.is_unlike is None:
-        told += f": too few of known labels to compare with the rest ({FEWEST} are needed)"
+        told += f": too few to compare ({FEWEST} of labels that had {FEWEST_OTHERS} before)"
     elif drift.is_unlike:
         most = ", ".join(f"{one.name or 'without a label'}" for one in drift.labels[:3])
         told += (
@@ -215,7 +219,7 @@ def others_of(spreads: Spreads, names: Iterable[str]) -> dict[str, tuple[Floats,
     for name in names:
         count, mean, squares = _together([spreads.part(name, part) for part in range(SUBSETS)])
         if count > 1:
-            found[name] = mean, np.sqrt(squares / (count - 1)) + 1e-30
+            found[name] = mean, np.sqrt(np.maximum(squares / (count - 1), 1e-12))
     return found
 
 
@@ -237,32 +241,39 @@ class _Label:
         self.apart = apart
         self.at = at
         self.squares = np.mean(apart**2, axis=1) * at
-        expected = float(self.squares[1:].mean())
+        expected = float(self.squares[1:][at[1:] > 0].mean())
+        self.beyond = (float(self.squares[0]) - expected) / float(at[0])  # below 0 by chance
         self.by_chance = _root(expected / at[0])
-        self.distance = _root((self.squares[0] - expected) / at[0])
+        self.distance = _root(self.beyond)
 
     @classmethod
-    def of(cls, spreads: Spreads, label: str) -> _Label | None:
-        """Measure a label; None where its others are too few."""
+    def of(
+        cls, spreads: Spreads, label: str, of_others: tuple[float, Floats, Floats], least: Floats
+    ) -> _Label:
+        """Measure a label; no variance counts as less than the `least`."""
         parts = [spreads.part(label, part) for part in range(SUBSETS)]
-        others, mean, squares = _together(parts)
-        if others < FEWEST_OTHERS:
-            return None
-        variance = squares / (others - 1)
-        deviation = np.sqrt(np.maximum(variance, 1e-9 * variance.max(initial=0) + 1e-300))
+        others, mean, squares = of_others
+        variance = np.maximum(squares / (others - 1), least)
         rows, added_mean, _ = spreads.part(label, ADDED)
         # A subset is compared with the others without it.
         left = np.array([others, *(max(others - n, 1) for n, _, _ in parts)])
         count = np.array([rows, *(n for n, _, _ in parts)])
         apart = np.array([added_mean, *(of for _, of, _ in parts)]) - mean
         apart[1:] *= (others / left[1:])[:, None]
+        # The variance is that of the subsets' own rows, too, and not of those that were added: a
+        # square over an estimate from n others is (n - 1) / (n - 3) on average.
+        apart[0] *= np.sqrt((others - 3) / (others - 1))
         at = count * left / (count + left)
-        return cls(label, int(rows), np.where(at[:, None] > 0, apart / deviation, 0.0), at)
+        scaled = np.divide(apart, np.sqrt(variance), out=np.zeros_like(apart), where=variance > 0)
+        return cls(label, int(rows), np.where(at[:, None] > 0, scaled, 0.0), at)
 
 
 def _each(found: list[_Label]) -> float:
     """Return how far the labels, each in a direction of its own, are beyond the subsets."""
-    return _beyond(np.sum([one.squares for one in found], axis=0))
+    of_all = np.array([one.squares for one in found])
+    is_empty = np.array([one.at for one in found]) <= 0
+    expected = np.array([one.by_chance**2 * one.at[0] for one in found])
+    return _beyond(np.where(is_empty, expected[:, None], of_all).sum(axis=0))
 
 
 def _together_of(found: list[_Label]) -> float:
@@ -288,6 +299,13 @@ def _together(parts: Iterable[tuple[float, Floats, Floats]]) -> tuple[float, Flo
     total = counts.sum()
     mean = counts @ means / max(total, 1)
     return float(total), mean, squares.sum(axis=0) + counts @ (means - mean) ** 2
+
+
+def _pooled(others: Sequence[tuple[float, Floats, Floats]], scores: int) -> Floats:
+    """Return the variance within labels, of all of them together."""
+    squares = sum((squares for _, _, squares in others), np.zeros(scores))
+    pooled: Floats = squares / max(sum(count - 1 for count, _, _ in others), 1)
+    return pooled
 
 
 def _root(square: float) -> float:

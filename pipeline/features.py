@@ -31,7 +31,7 @@ from pipeline.listing.images import Listing
 from pipeline.networks.apart import LIMITS, Limits
 from pipeline.pca import Tally
 from pipeline.plan import Plan, Touched, check_removals, make_plan
-from pipeline.quarantine import READ, left_alone, word_of
+from pipeline.quarantine import READ, BadImageError, left_alone, word_of
 from pipeline.reading import ImageReader, read_listed
 from pipeline.record import Counts, Speed
 from pipeline.table.delta import Snapshot
@@ -193,8 +193,7 @@ def compute_features(
                 snapshot.version,
                 limits,
             )
-            answers = _work_on(spark, run, slices, touched)
-            failures.check(answers)
+            answers = _work_on(spark, run, slices, touched, failures)
             stay += pc.sum(answers["kept_rows"]).as_py() or 0
             snapshot, known = table.commit(snapshot, known, answers)
     snapshot = merge_small_files(spark, table, snapshot)
@@ -232,11 +231,16 @@ def compute_features(
 
 
 def _work_on(
-    spark: SparkSession, run: PassOverImages, slices: list[Slice], touched: list[Touched]
+    spark: SparkSession,
+    run: PassOverImages,
+    slices: list[Slice],
+    touched: list[Touched],
+    failures: ReadFailures,
 ) -> pa.Table:
     """Do the work of one commit; return what the tasks told (WRITTEN)."""
     images = sum(some.count for some in slices)
     answers = answers_of(spark, cut(slices, tasks_for(spark, images)), run)
+    failures.check(answers)
     if touched:
         kept = answers["kept"].drop_null().to_pylist()
         again = Rewrite(run.table, run.work, kept, run.commit, run.dimensions)
@@ -273,10 +277,8 @@ def nothing_to_compute(
 def _is_otherwise(reader: ImageReader, image: Unread) -> bool:
     """Tell whether an image can be read now, or cannot for another reason."""
     row = {**image._asdict(), "known_reason": image.reason}
-    try:
-        return word_of(str(read_listed(reader.open())(row))) != word_of(image.reason)
-    except OSError:
-        return False
+    outcome = read_listed(reader.open())(row)
+    return not isinstance(outcome, BadImageError) or outcome.reason.word != word_of(image.reason)
 
 
 def _unread(
@@ -293,7 +295,8 @@ def _unread(
 
 def _some_read(table: FeatureTable, snapshot: Snapshot) -> Iterator[str]:
     """Yield paths of a few images that were read in passes before."""
-    for file in list(snapshot.files)[:3]:
+    files = list(snapshot.files)
+    for file in files[:: max(1, len(files) // 10)]:
         rows = pa.Table.from_batches(list(table.parts.read(file, ["path", "stage"])))
         yield from rows.filter(pc.is_null(rows["stage"]))["path"].slice(0, 8).to_pylist()
 
@@ -353,7 +356,7 @@ def _merged(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
                 tallies.setdefault(sign.as_py(), Tally.of(content)).merge(content)
         without = pa.nulls(batch.num_rows, pa.binary())
         yield batch.set_column(place, WRITTEN.field(place), without)
-    nothing = {"counted": 0, "quarantined": 0, "unreadable": 0}
+    nothing = {"counted": 0, "quarantined": 0, "each_run": 0, "daily": 0}
     merged = [
         {"sign": sign, "moments": tally.to_bytes(), **nothing} for sign, tally in tallies.items()
     ]

@@ -125,6 +125,8 @@ class Job:
             if unchanged is not None:
                 return self._noted(unchanged)
             done = self._compute(base, listing)
+        if previous is not None and self._is_whole(previous) and self._stands(previous, done):
+            return self._noted(self._repeated(previous, done))  # images were tried in vain
         return self._published(done)
 
     def features(self) -> Counts:
@@ -211,25 +213,34 @@ class Job:
         self, previous: Run | None, base: Snapshot | None, listing: Listing
     ) -> Run | None:
         """Return the previous run, recounted, if this one would only repeat it."""
-        if previous is None or previous.format != FORMAT:
+        if previous is None or self.choices.recompute or self.choices.retry_quarantine:
             return None
-        if self.choices.recompute or self.choices.retry_quarantine:
-            return None
-        if previous.pca.requested != self.pca:
-            return None
-        gone = lacking(self.store, previous)
-        if gone:
-            self.observer.stage(f"{gone[0]} of version {previous.version} is gone: making it again")
+        if not self._is_whole(previous):
             return None
         found = nothing_to_compute(self.table, base, listing, self.reader)
-        if found is None or found.snapshot.state != previous.pca.state:
+        if found is None or not self._stands(previous, found):
             return None
-        counts = replace(found, ignored=listing.ignored).counts
+        return self._repeated(previous, replace(found, ignored=listing.ignored))
+
+    def _is_whole(self, run: Run) -> bool:
+        """Tell whether a result is all there; say what is not."""
+        gone = lacking(self.store, run)
+        if gone:
+            self.observer.stage(f"{gone[0]} of version {run.version} is gone: making it again")
+        return not gone
+
+    def _stands(self, previous: Run, done: Pass) -> bool:
+        """Tell whether a result is what this run would make of a table."""
+        same_wishes = previous.format == FORMAT and previous.pca.requested == self.pca
+        return same_wishes and done.snapshot.state == previous.pca.state
+
+    def _repeated(self, previous: Run, done: Pass) -> Run:
+        counts = replace(done.counts, other_makers=previous.counts.other_makers)
         return replace(
             previous,
             run_id=self.journal.run_id,
             started=self.journal.started.isoformat(),
-            counts=replace(counts, other_makers=previous.counts.other_makers),
+            counts=counts,
             pca=replace(previous.pca, fit="unchanged", rows_read=0),
             images_per_second=None,
         )

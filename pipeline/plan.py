@@ -39,6 +39,7 @@ TODO = pa.schema(
     [
         *LISTED,
         pa.field("known_sha256", pa.binary()),
+        pa.field("known_since", pa.int64()),
         pa.field("known_reason", pa.string()),
         pa.field("same_maker", pa.bool_()),
         pa.field("same_listing", pa.bool_()),
@@ -109,6 +110,7 @@ KNOWN = pa.schema(
         ("known_version", pa.string()),
         ("again", pa.bool_()),
         ("known_sha256", pa.binary()),
+        ("known_since", pa.int64()),
         ("known_reason", pa.string()),
         ("same_maker", pa.bool_()),
         ("file", pa.string()),
@@ -119,6 +121,7 @@ PLAN = pa.schema(
     + [(name, pa.int64()) for name in ("start", "todo", "gone")]
 )
 KEYS = ["path", "length", "modified", "version", "stage", "sha256", "reason", "decoder", "runtime"]
+MORE_KEYS = ["since"]  # which older files lack
 
 
 def make_plan(
@@ -149,8 +152,8 @@ def make_plan(
 
     def keys(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
         for file in files:
-            for batch in parts.read(file, KEYS):
-                row = dict(zip(KEYS, batch.columns, strict=True))
+            for batch in parts.read(file, [*KEYS, *MORE_KEYS]):
+                row = dict(zip(batch.schema.names, batch.columns, strict=True))
                 again = _again(row, left_alone, retry_quarantine=retry_quarantine)
                 yield _known_columns(row, file, again)
 
@@ -211,11 +214,13 @@ def _known_columns(row: dict[str, pa.Array], file: str, again: pa.Array) -> pa.R
             "known_modified": row["modified"],
             "known_version": row["version"],
             "again": again,
+            "known_since": row.get("since", pa.nulls(len(unread), pa.int64())),
             "known_sha256": pc.if_else(again, pa.scalar(None, pa.binary()), row["sha256"]),
             "known_reason": pc.if_else(unread, row["reason"], pa.scalar(None, pa.string())),
             "same_maker": pc.and_(*of_today),
             "file": pa.array([file] * len(unread), pa.string()),
-        }
+        },
+        KNOWN,
     )
 
 

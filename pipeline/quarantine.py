@@ -48,8 +48,8 @@ class Reason(Enum):
 
     @property
     def is_refusal(self) -> bool:
-        """Tell whether S3 refused, which may as well be the credentials' fault, or the bucket's."""
-        return self in (Reason.DENIED, Reason.ENCRYPTED, Reason.REFUSED)
+        """Tell whether it may as well be the fault of credentials, bucket or disk."""
+        return self in (Reason.DENIED, Reason.ENCRYPTED, Reason.REFUSED, Reason.UNREADABLE)
 
 
 class BadImageError(ValueError):

@@ -24,6 +24,8 @@ from pipeline.storage import Address, S3Settings, s3_client
 # each image, which costs up to 2 ms of a core. A burst takes 50 ms, the network 300 ms for it.
 GETS_AT_ONCE = 32
 BYTES_AT_ONCE = 24_000_000  # keeps a Python worker small when the images are large
+# Links in a circle, a bad sector, a socket, a name that is too long.
+OF_THE_FILE = {errno.ELOOP, errno.EIO, errno.ENXIO, errno.ENAMETOOLONG}
 LONGEST_MESSAGE = 200  # characters of S3's own words that are kept
 
 Row = dict[str, Any]
@@ -64,7 +66,7 @@ class ImageReader:
             except PermissionError as error:
                 raise BadImageError(Reason.DENIED, str(error.strerror)) from error
             except OSError as error:
-                if error.errno in (errno.ELOOP, errno.EIO):  # links in a circle, a bad sector
+                if error.errno in OF_THE_FILE:
                     raise BadImageError(Reason.UNREADABLE, str(error.strerror)) from error
                 raise
 
@@ -76,6 +78,8 @@ class ImageReader:
         store = s3_client(self.address, self.s3)
 
         def read(key: str) -> tuple[bytes, str]:
+            if key.startswith("/") or key.endswith("/"):  # obstore asks for another key then
+                raise BadImageError(Reason.BAD_NAME, "S3's clients do not take its slashes")
             try:
                 found = store.get(key)
                 content = bytes(found.bytes())

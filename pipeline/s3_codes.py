@@ -24,6 +24,12 @@ REMEDIES = {
     "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
     "AuthFailure": "the credentials are wrong; check them",
     "401": "the credentials are wrong; check them",
+    "NoCredentials": "no credentials were found; give this host a role, or name keys",
+    "InvalidTokenId": _TOKEN,
+    "IncorrectEndpoint": _REGION,
+    "NoSuchAccessPoint": "there is no such access point; check its name",
+    "InvalidPayer": _CLOSED,
+    "UserProjectMissing": "whoever asks has to pay there; name a project",
     "MissingSecurityHeader": "the request was not signed; check the credentials",
     "MissingAuthenticationToken": "the request was not signed; check the credentials",
     "InvalidSecurity": "the credentials are wrong; check them",
@@ -56,15 +62,16 @@ _ELSEWHERE = {
 _OF_THE_OBJECT = {
     "NoSuchKey": Reason.VANISHED,
     "NoSuchVersion": Reason.VANISHED,
-    "404": Reason.VANISHED,
-    "MethodNotAllowed": Reason.VANISHED,  # of a delete marker
     "InvalidObjectState": Reason.ARCHIVED,
     "AccessDenied": Reason.DENIED,
     "403": Reason.DENIED,
     "KeyTooLongError": Reason.BAD_NAME,
     "InvalidURI": Reason.BAD_NAME,
 }
-_BUSY = {"RequestTimeout", "OperationAborted", "408", "429", "SlowDown", "TooManyRequests"}
+_BUSY = re.compile("RequestTimeout|OperationAborted|SlowDown|Throttl|TooManyRequest|LimitExceeded")
+_BUSY_STATUS = {"407", "408", "409", "425", "429"}
+# Where hosts and containers ask for credentials, before they ask S3.
+_CREDENTIALS = re.compile(r"//169\.254\.|//\[fd00:ec2|/latest/meta-data|/v2/credentials")
 ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")  # storage classes that give nothing without a restore
 
 
@@ -91,10 +98,14 @@ def answer_in(text: str) -> tuple[str, str] | None:
     told, _, _ = text.partition("\nDebug source")
     if "redirect without LOCATION" in told:
         return "PermanentRedirect", "a redirect without an address"
+    if _CREDENTIALS.search(told):
+        return "NoCredentials", ""
     status = re.search(r"performing GET .* status code: (4\d\d)", told)
     if status is None:
         return None
     code, message = (re.search(f"<{tag}>([^<]*)</{tag}>", told) for tag in ("Code", "Message"))
     found = " ".join(unescape(message[1]).split()) if message else ""
     told_code = code[1] if code else status[1]
-    return None if told_code in _BUSY else (told_code, found)
+    if _BUSY.search(told_code) or status[1] in _BUSY_STATUS:
+        return None
+    return told_code, found

@@ -344,6 +344,11 @@ class BucketStore:
         self.s3 = s3
 
     @property
+    def _is_aws(self) -> bool:
+        """Elsewhere a storage class is a name that somebody chose: such objects can be read."""
+        return self.s3.endpoint is None or "amazonaws.com" in self.s3.endpoint
+
+    @property
     def client(self) -> Any:
         """The S3 client."""
         return _boto3_client(self.s3)
@@ -358,6 +363,7 @@ class BucketStore:
                 for key, length, modified, version, archive in page.objects():
                     if not (key.endswith("/") and length == 0):
                         time = datetime.fromisoformat(modified)
+                        archive = archive if self._is_aws else None
                         yield Entry(key.removeprefix(root), length, time, version, archive)
 
     def read(self, key: str) -> bytes | None:

@@ -10,7 +10,7 @@ import hashlib
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from pipeline.networks.apart import LIMITS, Apart, Limits, Pixels, go_first, wit
 from pipeline.networks.decode import decode
 from pipeline.networks.model import load_network
 from pipeline.plan import TODO, Touched
-from pipeline.quarantine import READ, BadImageError, word_of
+from pipeline.quarantine import READ, BadImageError, Reason, word_of
 from pipeline.reading import ImageReader, Outcome, Row, read_ahead, read_listed, told_by_listing
 from pipeline.table.feature_table import (
     DECODER,
@@ -80,6 +80,7 @@ class PassOverImages:
                         yield self._keep(images.take(stay))
                     if rows.num_rows:
                         yield written(self.table, self.commit, rows, self.dimensions)
+                reads.verify(read)
         except StorageError as error:  # told at once: another attempt would not help
             reads.trouble = str(error)
         yield reads.told()
@@ -120,6 +121,7 @@ class PassOverImages:
         stages: list[str | None] = [None] * count
         reasons: list[str | None] = [None] * count
         stays = np.zeros(count, bool)
+        since: list[int | None] = [self.since] * count
         todo = images.to_pylist()
         listed = images.select(LISTING.names)
         for row, outcome in enumerate(read_ahead(todo, read)):
@@ -130,13 +132,16 @@ class PassOverImages:
                     raise outcome
                 hashes[row] = hashlib.sha256(outcome).digest()
                 # A copied bucket, another upload of the same bytes: read, and not computed again.
-                if known["same_maker"] and hashes[row] == known["known_sha256"]:
+                is_same = hashes[row] == known["known_sha256"]
+                if is_same:  # nothing was added, whoever makes its features
+                    since[row] = known["known_since"]
+                if known["same_maker"] and is_same:
                     stays[row] = True
                 else:
                     vectors[row] = network(decode_one(outcome, self.input_size)).astype("<f4")
             except BadImageError as error:
                 stages[row], reasons[row] = error.reason.stage, str(error)
-                stays[row] = word_of(known["known_reason"] or "") == error.reason.word
+                stays[row] = _stays(known, error.reason)
             self.done.add(1)
             if stages[row]:
                 self.quarantined.add(1)
@@ -149,7 +154,7 @@ class PassOverImages:
                 _lists(vectors, self.dimensions),
                 pa.array(stages, pa.string()),
                 pa.array(reasons, pa.string()),
-                pa.array([self.since] * count, pa.int64()),
+                pa.array(since, pa.int64()),
             ],
             schema=TABLE,
         )
@@ -168,8 +173,8 @@ class Reads:
         The first of those, and why.
     refused
         The first that S3 refused: whose fault that is, is not known here.
-    good
-        An image that was read.
+    good, good_row
+        An image that was read, and how it was listed.
     trouble
         What is wrong with the run.
     """
@@ -180,25 +185,51 @@ class Reads:
     refused: str | None = None
     good: str | None = None
     trouble: str | None = None
+    good_row: Row = field(default_factory=dict, compare=False)
 
     def count(self, row: Row, outcome: Outcome) -> None:
         """Count an image in."""
-        if not isinstance(outcome, BadImageError):
-            self.good = self.good or row["path"]
-        if row["known_reason"] is not None or told_by_listing(row) is not None:
+        is_new = row["known_reason"] is None
+        if is_new and told_by_listing(row) is not None:
             return
-        self.tried += 1
-        if isinstance(outcome, BadImageError) and outcome.reason.stage == READ:
-            self.failed += 1
+        self.tried += is_new
+        if not isinstance(outcome, BadImageError):
+            if self.good is None:
+                self.good, self.good_row = row["path"], row
+        elif outcome.reason.stage == READ:
             told = f"{row['path']}: {outcome}"
-            self.example = self.example or told
-            if outcome.reason.is_refusal:
+            self.failed += is_new
+            self.example = self.example or (told if is_new else None)
+            if outcome.reason.is_refusal and word_of(row["known_reason"] or "") != (
+                outcome.reason.word
+            ):
                 self.refused = self.refused or told
+
+    def verify(self, read: Callable[[Row], Outcome]) -> None:
+        """Read again what could be read: where that is refused, too, no image is to blame."""
+        if self.refused and self.good:
+            again = read({**self.good_row, "known_reason": ""})
+            if isinstance(again, BadImageError) and again.reason.is_refusal:
+                self.trouble = (
+                    f"{self.good} was given a moment ago, and is not any more: {again.detail}. "
+                    "Check the role's and the bucket's policy."
+                )
 
     def told(self) -> pa.RecordBatch:
         """Return a row of WRITTEN that adds nothing to the table."""
         nothing = {"sign": 1, "counted": 0, "quarantined": 0, "each_run": 0, "daily": 0}
-        return pa.RecordBatch.from_pylist([nothing | asdict(self)], schema=WRITTEN)
+        seen = {name: getattr(self, name) for name in WRITTEN.names if hasattr(self, name)}
+        return pa.RecordBatch.from_pylist([nothing | seen], schema=WRITTEN)
+
+
+def _stays(known: Row, reason: Reason) -> bool:
+    """Tell whether an image that cannot be read now keeps the row that it has."""
+    if reason.stage != READ:
+        return False
+    had_content = known["same_listing"] and known["known_sha256"] is not None
+    if had_content and reason not in (Reason.VANISHED, Reason.REPLACED):
+        return True  # it was to be computed by another maker, and was archived meanwhile
+    return word_of(known["known_reason"] or "") == reason.word
 
 
 def _lists(vectors: list[npt.NDArray[np.float32] | None], d: int) -> pa.Array:

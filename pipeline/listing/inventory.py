@@ -25,6 +25,7 @@ COLUMNS = {
     "last_modified_date": "Last modified date",
     "e_tag": "ETag",
 }  # by the name that S3's console has for them
+ARCHIVE_TIERS = {"ARCHIVE", "DEEP_ARCHIVE", "ARCHIVE_ACCESS", "DEEP_ARCHIVE_ACCESS"}
 ARCHIVE_COLUMNS = ("storage_class", "intelligent_tiering_access_tier")  # told where they are there
 # S3 fills an inventory over hours, and says that it is right for what came two days before.
 UNSURE = timedelta(hours=48)
@@ -137,8 +138,8 @@ def open_inventory(address: Address, s3: S3Settings) -> Inventory:
 
 def _archive_of(row: dict[str, Any]) -> str | None:
     """Return where an archived object lies, as far as the inventory has been asked for it."""
-    tier = row.get(ARCHIVE_COLUMNS[1]) or ""
-    if "ARCHIVE" in tier:
+    tier = row.get(ARCHIVE_COLUMNS[1])
+    if tier in ARCHIVE_TIERS:  # not ARCHIVE_INSTANT_ACCESS
         return f"INTELLIGENT_TIERING, {tier}"
     kept_in = row.get(ARCHIVE_COLUMNS[0])
     return kept_in if kept_in in ARCHIVES else None

@@ -36,7 +36,7 @@ class Limits:
     Attributes
     ----------
     seconds
-        Of a processor; a process that only stands still gets `patience` times as many.
+        Of a processor; by the clock it may be `patience` times as many.
     memory
         Bytes beyond those of an idle process, the file among them.
     """
@@ -102,6 +102,8 @@ class Apart:
             When it cannot be decoded, or its decoder fails twice.
         MemoryError
             When the decoder is ended from outside, as the kernel does where memory is short.
+        OSError
+            When it does not get to work.
         """
         for _ in range(2):
             outcome = self._try(content, size)
@@ -119,9 +121,10 @@ class Apart:
             line.send(size)
             line.send_bytes(content)
             if not line.poll(self.limits.patience * self.limits.seconds):
-                return _Death(Reason.TOO_SLOW, "it stood still")
+                # From memory to memory: a decoder has nothing to wait for.
+                raise OSError("a decoder stood still: its host has no processor or memory for it")
             outcome = line.recv()
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             return self._cause(process.wait())
         if isinstance(outcome, MemoryError):
             megabytes = self.limits.memory / (1 << 20)
@@ -180,9 +183,10 @@ def _serve(line: Connection, seconds: float, memory: int) -> None:
     """Decode what comes until nothing more does."""
     go_first(1000)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + memory
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    with suppress(OSError):  # no /proc on macOS: time is limited there, memory is not
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     line.send(True)
     with suppress(EOFError):
         while True:

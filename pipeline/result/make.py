@@ -80,6 +80,8 @@ class Making:
             features = done.known.features
             spreads = write_matrix(spark, table, done.snapshot, features, pca, output, place, since)
             drift = None if spreads is None else compare(spreads)
+            if drift is None and self.previous and self.previous.pca.state == done.snapshot.state:
+                drift = self.previous.drift  # the same images once more
             output.write(f"{place}/explained_variance.csv", explained_variance_csv(pca))
             output.write(f"{place}/model/pca.npz", pca.to_bytes())
             bad = self._write_quarantine()
@@ -105,6 +107,8 @@ class Making:
         """Return the table's version in the result before, None where that was of another table."""
         before, now = self.previous, self.done.snapshot.version
         if before is None or before.model.id != self.table.model.id:
+            return None
+        if before.images != str(self.images.address):
             return None
         version = before.pca.table_version
         return None if version is None or version > now else version

@@ -29,7 +29,7 @@ from pipeline.pca import PCA, feature_matrix
 from pipeline.storage import Store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable, with_features
-from pipeline.table.parts import Parts, for_each, tasks_for
+from pipeline.table.parts import Parts, for_each
 
 BYTES_OF_NUMBER, BYTES_OF_PATH = 19, 60  # about, in the CSV
 BYTES_OF_RANGE = 32 << 20
@@ -98,10 +98,11 @@ def write_matrix(
     if since is None:
         return None
     spreads = Spreads(min(SCORES, pca.k))
-    for number in range(tasks_for(spark, len(snapshot.files))):
-        for batch in tallies.read(f"{number}.parquet"):
+    written = f"{place}/{tallies.address.path.rpartition('/')[2]}"
+    for entry in output.list(f"{written}/"):
+        for batch in tallies.read(entry.key.rpartition("/")[2]):
             spreads.merge(pa.Table.from_batches([batch]))
-    output.delete(f"{place}/{tallies.address.path.rpartition('/')[2]}")
+    output.delete(written)
     return spreads
 
 

@@ -36,6 +36,7 @@ MOST_LABELS = 10_000  # folders, not images: where each has its own, the largest
 SCORES_SHOWN = 20_000
 PICTURE_SIZE = 100  # pixels
 FARTHEST_SHOWN = 12
+PICTURES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,13 @@ def _pictures(paths: Sequence[str], reader: ImageReader) -> list[bytes | None]:
     def picture(path: str) -> bytes | None:
         try:
             pixels = decode(read(path)[0], PICTURE_SIZE)
-        except (OSError, ValueError):
+        except (OSError, ValueError, MemoryError):
             return None
         content = io.BytesIO()
         Image.fromarray(pixels).save(content, "JPEG", quality=82)
         return content.getvalue()
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(PICTURES_AT_ONCE) as pool:
         return list(pool.map(picture, paths))
 
 

@@ -322,7 +322,8 @@ class FeatureTable:
             return None
         try:
             told = json.loads(content)
-            largest, unread = told.pop("largest"), told.pop("unread")
+            told.pop("unreadable", None)  # of an older version, which knew less of them
+            largest, unread = told.pop("largest"), told.pop("unread", ())
             return LastPass(
                 **told,
                 largest=largest and Speed(**largest),

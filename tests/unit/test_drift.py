@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import drift
-from pipeline.drift import ADDED, FEWEST, SPREADS, SUBSETS, Spreads, compare, others_of, words
+from pipeline.drift import ADDED, SPREADS, SUBSETS, Spreads, compare, others_of, words
 from pipeline.record import Run
 from tests.records import run_of
 
@@ -97,6 +97,31 @@ def test_one_label_that_moved_comes_first() -> None:
     assert (found.labels[0].name, found.labels[0].rows) == ("plum", 300)
 
 
+@pytest.mark.parametrize(
+    ("labels", "others", "each"), [(500, 100, 2), (300, 150, 1), (100, 120, 5)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_many_small_labels_are_no_alarm(labels: int, others: int, each: int, seed: int) -> None:
+    spreads, drawn = Spreads(WIDTH), np.random.default_rng(seed)
+    for label in range(labels):
+        rows = drawn.normal(size=(others + each, WIDTH))
+        names = pa.array([str(label)] * len(rows))
+        spreads.add(names, rows, np.arange(len(rows)) >= others)
+    found = compare(spreads)
+    assert found is not None
+    assert (found.compared, found.is_unlike) == (labels * each, False)
+
+
+def test_a_label_of_equal_images_says_nothing() -> None:
+    spreads = spreads_of(500, 100)
+    spreads.add(pa.array(["same"] * 200), np.ones((200, WIDTH)), np.zeros(200, bool))
+    spreads.add(pa.array(["same"] * 5), np.ones((5, WIDTH)) + 1e-6, np.ones(5, bool))
+    found = compare(spreads)
+    assert found is not None
+    assert found.is_unlike is False
+    assert found.distance < 1
+
+
 def test_new_labels_and_too_few_images_are_told_as_such() -> None:
     spreads = spreads_of(500, 10)
     spreads.add(pa.array(["fig"] * 50), scores(50, 7), np.ones(50, bool))
@@ -105,8 +130,8 @@ def test_new_labels_and_too_few_images_are_told_as_such() -> None:
     assert (found.added, found.compared, found.is_unlike) == (80, 30, None)
     assert found.new_labels == ("fig",)
     assert words(found) == (
-        f"80 images were added: too few of known labels to compare with the rest ({FEWEST} are "
-        "needed). 1 label is new: fig"
+        "80 images were added: too few to compare (200 of labels that had 100 before). "
+        "1 label is new: fig"
     )
 
 

@@ -495,7 +495,13 @@ def test_there_is_something_to_compute_once_the_table_has_moved_on(
 def todo_of(folder: Path, **known: Any) -> pa.Table:
     """Return the listing of a folder as a plan has it, with what is known of each image."""
     rows = listing_of(folder).to_pylist()
-    nothing = {"known_sha256": None, "known_reason": None, "same_maker": True}
+    nothing = {
+        "known_sha256": None,
+        "known_since": 3,
+        "known_reason": None,
+        "same_maker": True,
+        "same_listing": True,
+    }
     return pa.Table.from_pylist([row | nothing | known.get(row["label"], {}) for row in rows], TODO)
 
 
@@ -520,6 +526,22 @@ def test_the_same_content_is_read_and_not_computed_again(
     (stays,) = [row for b in own.work.read(told_of["kept"]) for row in b.to_pylist()]
     assert stays["path"] == "a/1.png"
     assert computed.to_pylist()[0]["counted"] == 2
+    file = computed.to_pylist()[0]["path"]
+    rows = {row["label"]: row["since"] for b in own.table.read(file) for row in b.to_pylist()}
+    assert rows == {"b": 3, "c": 0}, "another maker's features of the same bytes are none added"
+
+
+def test_features_of_an_image_that_was_archived_since_are_kept(
+    run: PassOverImages, tmp_path: Path
+) -> None:
+    write(tmp_path / "own/a/1.png", encoded(picture(30, 20), "PNG"))
+    todo = todo_of(tmp_path / "own", a={"known_sha256": b"hash", "same_maker": False})
+    cold = pa.array(["GLACIER"], pa.string())
+    todo = todo.set_column(todo.column_names.index("archive"), "archive", cold)
+    own = replace(run, reader=ImageReader(address_of(tmp_path / "own"), S3Settings()))
+    own.work.write("todo.parquet", todo)
+    kept, _reads = own(iter([Slice("todo.parquet", 0, 1)]))
+    assert kept.to_pylist()[0]["kept_rows"] == 1
 
 
 def test_an_image_that_can_still_not_be_read_stays_as_it_is(

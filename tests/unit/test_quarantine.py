@@ -14,10 +14,11 @@ import pytest
 
 from pipeline.errors import StorageError, UnreadableError
 from pipeline.failures import MOST, ReadFailures
+from pipeline.listing.inventory import _archive_of
 from pipeline.pages import parse_page
 from pipeline.quarantine import READ, Again, BadImageError, Reason, left_alone, word_of
 from pipeline.reading import ImageReader
-from pipeline.s3_codes import REMEDIES
+from pipeline.s3_codes import REMEDIES, answer_in, reason_of
 from pipeline.storage import Address, S3Settings
 from pipeline.table.feature_table import WRITTEN
 from pipeline.task import Reads
@@ -62,7 +63,8 @@ def read_from(server: ThreadingHTTPServer, status: int, code: str, message: str 
     ("status", "code", "message", "told"),
     [
         (404, "NoSuchKey", "gone", "vanished: deleted since it was listed"),
-        (404, "", "", "vanished: deleted since it was listed"),
+        (404, "", "", "refused: S3 answered 404"),
+        (405, "MethodNotAllowed", "a marker", "refused: S3 answered MethodNotAllowed"),
         (403, "InvalidObjectState", "Cold &amp; far", "archived: S3 answered InvalidObjectState"),
         (403, "AccessDenied", "Access Denied", "denied: S3 answered AccessDenied (Access Denied)"),
         (403, "", "", "denied: S3 answered 403"),
@@ -104,12 +106,45 @@ def test_what_is_wrong_with_the_run_blames_no_image(
         read_from(server, status, code)
 
 
-@pytest.mark.parametrize(("status", "code"), [(400, "RequestTimeout"), (409, "OperationAborted")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "RequestTimeout"), (409, ""), (400, "ThrottlingException")]
+)
 def test_an_s3_that_is_busy_blames_no_image(
     server: ThreadingHTTPServer, status: int, code: str
 ) -> None:
     with pytest.raises(OSError, match=f"fruits/images/a.jpg: .*{status}"):
         read_from(server, status, code)
+
+
+def test_a_host_without_credentials_blames_no_image() -> None:
+    place = "http://169.254.169.254/latest/meta-data/iam/security-credentials/"
+    told = f"Generic S3 error: Error performing GET {place} in 1ms - status code: 404 Not Found"
+    assert answer_in(told) == ("NoCredentials", "")
+    assert reason_of("NoCredentials", "") is None
+
+
+@pytest.mark.parametrize("key", ["/lead.jpg", "a/b.jpg/"])
+def test_a_key_that_would_be_another_ones_is_not_asked_for(key: str) -> None:
+    with pytest.raises(BadImageError, match="bad name"):
+        ImageReader(Address("fruits", "images"), S3Settings("http://127.0.0.1:1")).open()(key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tier", "archive"),
+    [
+        ("STANDARD", None, None),
+        ("GLACIER_IR", None, None),
+        ("GLACIER", None, "GLACIER"),
+        ("INTELLIGENT_TIERING", "ARCHIVE_INSTANT_ACCESS", None),
+        ("INTELLIGENT_TIERING", "DEEP_ARCHIVE", "INTELLIGENT_TIERING, DEEP_ARCHIVE"),
+    ],
+)
+def test_an_inventory_tells_what_has_to_be_restored(
+    kind: str, tier: str | None, archive: str | None
+) -> None:
+    row = {"storage_class": kind, "intelligent_tiering_access_tier": tier}
+    assert _archive_of(row) == archive
+    assert _archive_of({}) is None
 
 
 def test_a_disk_that_is_gone_is_not_a_thousand_deleted_images(tmp_path: Path) -> None:
@@ -222,6 +257,27 @@ def test_a_refusal_is_believed_while_another_image_can_still_be_read(tmp_path: P
             check(answers(one))
     with pytest.raises(UnreadableError, match="policy"):  # readable a moment ago, and now not
         failures(tmp_path).check(answers(one, Reads(1, 0, good="gone.jpg")))
+
+
+def test_a_task_that_is_refused_reads_again_what_it_was_given() -> None:
+    row = {"path": "a", "length": 1, "known_reason": None, "archive": None}
+    denied = BadImageError(Reason.DENIED, "S3 answered AccessDenied")
+    for again, trouble in ((b"content", False), (denied, True)):
+        reads = Reads()
+        reads.count(row, b"content")
+        reads.count(row | {"path": "b"}, denied)
+        reads.verify(lambda _, again=again: again)
+        assert bool(reads.trouble) is trouble
+
+
+def test_an_image_that_is_tried_again_and_denied_now_is_verified_too() -> None:
+    reads = Reads()
+    row = {"path": "a", "length": 1, "known_reason": "vanished: deleted", "archive": None}
+    reads.count(row, BadImageError(Reason.DENIED, "S3 answered AccessDenied"))
+    assert (reads.tried, reads.failed, reads.refused) == (
+        *(0, 0),
+        "a: denied: S3 answered AccessDenied",
+    )
 
 
 def test_what_a_task_heard_of_the_run_ends_it_in_one_line(tmp_path: Path) -> None:
