@@ -23,6 +23,7 @@ from rich.text import Text
 
 from pipeline.drift import words
 from pipeline.features import Progress
+from pipeline.listing.names import told_of
 from pipeline.record import Run
 
 STAGES = {
@@ -113,6 +114,8 @@ def summary(run: Run, where: str) -> Table:
     counts, pca, speed = run.counts, run.pca, run.images_per_second
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("images", f"{counts.listed:,} listed, {counts.quarantined:,} quarantined")
+    if run.left_out:
+        table.add_row("left out", told_of(run.left_out))
     computed = f"{counts.computed:,} computed, {counts.reused:,} reused"
     if counts.dropped:
         computed += f", {counts.dropped:,} dropped (gone since the last run)"

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,7 +70,7 @@ class Pass:
 
     snapshot: Snapshot
     known: Known
-    ignored: int
+    left_out: Mapping[str, int]
     computed: int
     reused: int
     dropped: int
@@ -89,7 +89,7 @@ class Pass:
             computed=self.computed,
             reused=self.reused,
             dropped=self.dropped,
-            ignored=self.ignored,
+            ignored=sum(self.left_out.values()),
             unsure=self.unsure,
         )
 
@@ -211,7 +211,7 @@ def compute_features(
         # What was left alone is looked at again, even where the next listing is the same.
         "" if plan.unsure else listing.digest,
         str(reader.address),
-        listing.ignored,
+        dict(listing.left_out),
         largest,
         tried,
         _unread(spark, table, snapshot, known),
@@ -220,7 +220,7 @@ def compute_features(
     return Pass(
         snapshot=snapshot,
         known=known,
-        ignored=listing.ignored,
+        left_out=listing.left_out,
         computed=plan.todo - stay,
         reused=known.rows - (plan.todo - stay),
         dropped=plan.gone,
@@ -303,7 +303,7 @@ def _some_read(table: FeatureTable, snapshot: Snapshot) -> Iterator[str]:
 
 def pass_of(snapshot: Snapshot, known: Known, last: LastPass) -> Pass:
     """Return the pass that finds all there."""
-    return Pass(snapshot, known, last.ignored, 0, known.rows, 0, last.largest)
+    return Pass(snapshot, known, last.left_out, 0, known.rows, 0, last.largest)
 
 
 def count(spark: SparkSession, table: FeatureTable, snapshot: Snapshot) -> Known:

@@ -175,7 +175,7 @@ class Job:
         if previous is not None:
             self.pca = previous.pca.requested
         images = open_store(self.images, self.s3)
-        with self.journal.stage("features"), self._workplace(Listing((), 0, "")) as work:
+        with self.journal.stage("features"), self._workplace(Listing((), {}, "")) as work:
             had_rows = remove_rows(self.spark(), self.table, images, paths, work)
         delete_all(self.store, single_writer=self.choices.single_writer)
         return erase(self.table, paths, had_rows, self.journal.run_id)
@@ -220,7 +220,7 @@ class Job:
         found = nothing_to_compute(self.table, base, listing, self.reader)
         if found is None or not self._stands(previous, found):
             return None
-        return self._repeated(previous, replace(found, ignored=listing.ignored))
+        return self._repeated(previous, replace(found, left_out=listing.left_out))
 
     def _is_whole(self, run: Run) -> bool:
         """Tell whether a result is all there; say what is not."""
@@ -241,6 +241,7 @@ class Job:
             run_id=self.journal.run_id,
             started=self.journal.started.isoformat(),
             counts=counts,
+            left_out=dict(done.left_out),
             pca=replace(previous.pca, fit="unchanged", rows_read=0),
             images_per_second=None,
         )

@@ -169,6 +169,8 @@ class Run:
         In UTC, as ISO 8601 writes them.
     images, output
         Their addresses.
+    left_out
+        Other objects beside the images, by kind.
     labels
         Images with features by label; of the largest labels, where there are very many.
     images_per_second
@@ -199,6 +201,7 @@ class Run:
     versions: dict[str, str]
     cluster: Cluster
     drift: Drift | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
     version: int = 0
     folder: str = ""
     files: dict[str, int] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import NoImagesError
 from pipeline.listing.inventory import Inventory
+from pipeline.listing.names import ENDINGS, LeftOut, kind_of, told_of
 from pipeline.storage import Entry, Store
-
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 LISTING = pa.schema(
     [
@@ -50,8 +49,8 @@ class Listing:
     ----------
     parts
         Parquet files of this machine (schema LISTED), with their rows.
-    ignored
-        How many other objects lie beside the images.
+    left_out
+        How many other objects lie beside the images, by kind.
     digest
         The same for two listings exactly if they have the same images: path, length and version.
     sure_until
@@ -60,9 +59,14 @@ class Listing:
     """
 
     parts: tuple[tuple[Path, int], ...]
-    ignored: int
+    left_out: Mapping[str, int]
     digest: str
     sure_until: datetime | None = None
+
+    @property
+    def ignored(self) -> int:
+        """How many other objects lie beside the images."""
+        return sum(self.left_out.values())
 
     @property
     def count(self) -> int:
@@ -106,18 +110,18 @@ def list_images(store: Store, folder: Path, inventory: Inventory | None = None) 
     StorageError
         When the address is missing, forbidden or unreachable.
     """
-    digest = Digest(str(store.address), LABEL_RULE, *sorted(IMAGE_ENDINGS))
+    digest = Digest(str(store.address), LABEL_RULE, *sorted(ENDINGS))
     parts: list[tuple[Path, int]] = []
-    others = 0
+    left_out = LeftOut()
 
     def images() -> Iterator[Entry]:
-        nonlocal others
         for entry in store.list() if inventory is None else inventory.list(store.address):
-            if is_image(entry.key):
+            kind = kind_of(entry.key)
+            if kind is None:
                 digest.add(entry.key, entry.length, entry.version)
                 yield entry
             else:
-                others += 1
+                left_out.add(kind)
 
     found = images()
     while some := tuple(islice(found, ROWS_PER_PART)):
@@ -126,12 +130,15 @@ def list_images(store: Store, folder: Path, inventory: Inventory | None = None) 
         parts.append((part, len(some)))
     if not parts:
         raise NoImagesError(
-            f"expected images ({', '.join(sorted(IMAGE_ENDINGS))}) below {store.address}, found "
-            f"{others} other objects; check the address, or upload some: "
+            f"expected images (.jpg, .png and the like) below {store.address}, found "
+            f"{told_of(left_out.told()) or 'nothing'}; check the address, or upload some: "
             f"fruits upload FOLDER {store.address}"
         )
     return Listing(
-        tuple(parts), others, str(digest), None if inventory is None else inventory.sure_until
+        tuple(parts),
+        left_out.told(),
+        str(digest),
+        None if inventory is None else inventory.sure_until,
     )
 
 
@@ -149,8 +156,8 @@ def _table_of(images: tuple[Entry, ...]) -> pa.Table:
 
 
 def is_image(key: str) -> bool:
-    """Tell an image by the ending of its name; what is inside shows when it is decoded."""
-    return PurePosixPath(key).suffix.lower() in IMAGE_ENDINGS
+    """Tell what may be an image by its name; what is inside shows when it is decoded."""
+    return kind_of(key) is None
 
 
 def label_of(key: str) -> str | None:

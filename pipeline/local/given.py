@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import NoImagesError, WeightsError
 from pipeline.listing.images import is_image
@@ -27,8 +31,8 @@ def images_named() -> Path | None:
 def open_images(given: Path | None) -> Iterator[tuple[Path, str]]:
     """Yield a folder of images and where they come from, in a few words.
 
-    A folder is taken as it is; a .tar archive, or a folder that holds nothing but archives, is
-    unpacked for the time of the demo; None renders a sample.
+    A folder is taken as it is; an archive (.tar, .tar.gz and the like, .zip), or a folder that
+    holds nothing but archives, is unpacked for the time of the demo; None renders a sample.
 
     Raises
     ------
@@ -44,23 +48,27 @@ def open_images(given: Path | None) -> Iterator[tuple[Path, str]]:
         if _holds_an_image(given):
             yield given, str(given)
             return
-        archives = [given] if given.is_file() else sorted(given.glob("*.tar"))
+        archives = [given] if given.is_file() else sorted(filter(_is_archive, given.glob("*")))
         for archive in archives:
             unpack(archive, unpacked)
         if not _holds_an_image(unpacked):
             raise NoImagesError(
-                f"expected images, in a folder or in .tar archives, at {given}, found none. "
+                f"expected images, in a folder or in archives (.tar, .zip) at {given}, found none. "
                 "Check IMAGES, or leave it out for a rendered sample."
             )
         yield unpacked, ", ".join(str(archive) for archive in archives)
 
 
 def _holds_an_image(folder: Path) -> bool:
-    return any(is_image(str(file)) for file in folder.rglob("*"))
+    return any(is_image(str(file)) and file.is_file() for file in folder.rglob("*"))
+
+
+def _is_archive(file: Path) -> bool:
+    return bool(re.search(r"\.(zip|tgz|tar(\.(gz|bz2|xz))?)$", file.name.lower()))
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Write the files of a .tar archive below a folder, links as copies of what they name.
+    """Write the files of an archive below a folder, links as copies of what they name.
 
     `TarFile.extractall` is as safe from Python 3.11.4 on; Debian 12 has 3.11.2.
 
@@ -70,22 +78,49 @@ def unpack(archive: Path, folder: Path) -> None:
         If it is no archive, or one of its names leads out of the folder.
     """
     try:
-        with tarfile.open(archive) as content:
-            for member in content:
-                source = content.extractfile(member)
-                if source is None:
-                    continue
-                target = (folder / member.name.lstrip("/")).resolve()
-                if not target.is_relative_to(folder.resolve()):
-                    raise tarfile.TarError(f"{member.name} leads outside the destination")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with source, target.open("wb") as file:
-                    shutil.copyfileobj(source, file)
-                os.utime(target, (member.mtime, member.mtime))
-    except (tarfile.TarError, OSError, KeyError) as error:
+        for name, modified, source in _zipped(archive) if _is_zip(archive) else _tarred(archive):
+            target = (folder / name.lstrip("/")).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise tarfile.TarError(f"{name} leads outside the destination")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, target.open("wb") as file:
+                shutil.copyfileobj(source, file)
+            os.utime(target, (modified, modified))
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, KeyError, RuntimeError) as error:
         raise NoImagesError(
-            f"expected a .tar archive of images at {archive}, found: {error}. Check IMAGES."
+            f"expected an archive of images (.tar, .tar.gz, .zip) at {archive}, found: {error}. "
+            "Check IMAGES."
         ) from error
+
+
+def _is_zip(archive: Path) -> bool:
+    with archive.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _tarred(archive: Path) -> Iterator[tuple[str, float, IO[bytes]]]:
+    """Yield name, time and content of each file."""
+    with tarfile.open(archive) as content:
+        for member in content:
+            source = content.extractfile(member)
+            if source is not None:
+                yield member.name, member.mtime, source
+
+
+def _zipped(archive: Path) -> Iterator[tuple[str, float, IO[bytes]]]:
+    """Yield name, time and content of each file; one that is encrypted is a RuntimeError."""
+    with zipfile.ZipFile(archive) as content:
+        for member in content.infolist():
+            if not member.is_dir():
+                yield member.filename, _time_of(member), content.open(member)
+
+
+def _time_of(member: zipfile.ZipInfo) -> float:
+    """Return when a file was modified; some programs write no time, which reads as month 0."""
+    try:
+        return datetime(*member.date_time).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def choose_weights(given: str | None, backbone: str | None) -> tuple[str, Path, str | None]:

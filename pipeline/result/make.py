@@ -146,6 +146,7 @@ class Making:
             images=str(self.images.address),
             output=str(self.output.address),
             counts=replace(done.counts, other_makers=overview.other_makers),
+            left_out=dict(done.left_out),
             labels={label.name: label.count for label in overview.labels},
             model=self.table.model,
             pca=Fit(

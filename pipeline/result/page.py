@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.drift import words
+from pipeline.listing.names import told_of
 from pipeline.quarantine import word_of
 from pipeline.record import Run
 from pipeline.result.samples import Samples
@@ -116,6 +117,7 @@ def render_report(run: Run, samples: Samples, variance_ratio: Floats, quarantine
         varieties=_varieties(plane, samples.pictures),
         marks=len(COLOURS) * len(OUTLINES),
         milestones=_milestones(variance_ratio),
+        left_out=told_of(run.left_out, 3),
         drift=_drift(run, samples),
         quarantine=_quarantine(quarantine, run.images, run.counts.quarantined),
         stages=_stages(run.timings),

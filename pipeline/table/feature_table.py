@@ -133,8 +133,8 @@ class LastPass:
         Of the listing (images.py).
     images
         Where the images lay.
-    ignored
-        How many other objects lay beside them.
+    left_out
+        How many other objects lay beside them, by kind.
     largest
         The speed of the pass over most images: one new image tells nothing of it.
     tried
@@ -147,7 +147,7 @@ class LastPass:
     state: str
     digest: str
     images: str
-    ignored: int
+    left_out: dict[str, int]
     largest: Speed | None
     tried: float = 0.0
     unread: tuple[Unread, ...] = ()
@@ -322,6 +322,7 @@ class FeatureTable:
             return None
         try:
             told = json.loads(content)
+            told.setdefault("left_out", {"others": told.pop("ignored", 0)})
             told.pop("unreadable", None)  # of an older version, which knew less of them
             largest, unread = told.pop("largest"), told.pop("unread", ())
             return LastPass(

@@ -121,7 +121,7 @@ def images_on_s3(setup: Setup, archive: str, count: int | None) -> Iterator[Plac
         open_images(source_of(setup, archive)) as (folder, _),
         loopback_cluster(CLUSTERS) as cluster,
     ):
-        found = (file for file in folder.rglob("*") if is_image(str(file)))
+        found = (file for file in folder.rglob("*") if is_image(str(file)) and file.is_file())
         files = spread(sorted(found, key=str), count)  # in the order of their keys on S3
         BucketStore(Address(BUCKET, ""), cluster.s3).create_bucket()
         place = Place(cluster, model, setup.weights, files)

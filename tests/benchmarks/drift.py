@@ -63,7 +63,9 @@ CHANGES: dict[str, Callable[[Photo], Photo]] = {
 def measure(setup: Setup) -> list[Result]:
     """Return both shares, and those of each change."""
     with open_images(source_of(setup, MANY)) as (folder, _):
-        photos = sorted(file for file in folder.rglob("*") if is_image(file.name))
+        photos = sorted(
+            file for file in folder.rglob("*") if is_image(file.name) and file.is_file()
+        )
         photos = photos[: setup.images]
         labels = np.array([photo.parent.name for photo in photos])
         rng = np.random.default_rng(360)

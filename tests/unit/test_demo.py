@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,37 @@ def test_archives_are_unpacked_for_the_time_of_the_demo(tmp_path: Path) -> None:
         assert sorted(contents(folder)) == ["Kiwi/0.jpg", "LICENSE", "Plum é/0.jpg"]
         assert said == f"{one}, {two}"
     assert sorted(contents(tmp_path)) == ["1.tar", "2.tar"]
+
+
+def test_a_zip_as_kaggle_gives_it_and_a_packed_tar_are_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as content:
+        content.writestr("fruits-360/Training/Pêche 1/0.jpg", b"0")
+        content.writestr("fruits-360/Training/empty/", b"")
+        content.writestr(zipfile.ZipInfo("no/time.jpg", (1980, 0, 0, 0, 0, 0)), b"1")
+    plain = archive(tmp_path / "plain", "Kiwi/0.jpg")
+    (tmp_path / "packed.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    with open_images(tmp_path) as (folder, _):
+        assert sorted(contents(folder)) == [
+            "Kiwi/0.jpg",
+            "fruits-360/Training/Pêche 1/0.jpg",
+            "no/time.jpg",
+        ]
+
+
+def test_a_zip_that_reaches_out_of_its_folder_or_is_locked_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as content:
+        content.writestr("../../../../evil.jpg", b"evil")
+    locked = bytearray((tmp_path / "evil.zip").read_bytes().replace(b"../../../../evil", b"e" * 16))
+    for place in (6, locked.index(b"PK\1\2") + 8):
+        locked[place] |= 1
+    (tmp_path / "locked.zip").write_bytes(locked)
+    (tmp_path / "cut.zip").write_bytes(b"PK\3\4 and no more")
+    for name, told in (("evil", "outside"), ("locked", "password"), ("cut", "not a zip")):
+        given = tmp_path / f"{name}.zip"
+        with pytest.raises(NoImagesError, match=told), open_images(given):
+            pytest.fail("it was taken")
+    assert not list(tmp_path.rglob("evil.jpg"))
 
 
 def test_what_holds_no_image_is_refused_with_its_path(tmp_path: Path) -> None:

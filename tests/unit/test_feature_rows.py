@@ -403,7 +403,9 @@ def test_a_state_that_is_lost_or_damaged_is_not_believed(table: FeatureTable, ha
 
 
 def last_pass(snapshot: Snapshot, digest: str = "d") -> LastPass:
-    return LastPass(str(snapshot.state), digest, "s3a://fruits/images é", 3, Speed(600, 12.5, 2))
+    return LastPass(
+        str(snapshot.state), digest, "s3a://fruits/images é", {".txt": 3}, Speed(600, 12.5, 2)
+    )
 
 
 def test_the_last_pass_is_kept(table: FeatureTable) -> None:
@@ -421,7 +423,7 @@ def test_there_is_nothing_to_compute_for_the_listing_of_the_last_pass_only(
     table: FeatureTable, folder: Path, digest: str, nothing: bool
 ) -> None:
     snapshot, _ = with_rows(table, None, DECODE)
-    listing, reader = Listing((), 0, digest), ImageReader(address_of(folder), S3Settings())
+    listing, reader = Listing((), {}, digest), ImageReader(address_of(folder), S3Settings())
     assert nothing_to_compute(table, snapshot, listing, reader) is None
     table.keep_pass(last_pass(snapshot))
     found = nothing_to_compute(table, snapshot, listing, reader)
@@ -440,7 +442,7 @@ def test_images_that_could_not_be_read_are_tried_again_here_when_it_is_time(
 
     def has_nothing(**changes: Any) -> bool:
         table.keep_pass(replace(last_pass(snapshot), unread=tuple(gone), **changes))
-        return nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is not None
+        return nothing_to_compute(table, snapshot, Listing((), {}, "d"), reader) is not None
 
     assert has_nothing()
     gone.pop()
@@ -464,7 +466,7 @@ def test_an_image_that_its_disk_did_not_give_is_tried_again_once_a_day(
 
     def has_nothing(tried: float) -> bool:
         table.keep_pass(replace(last_pass(snapshot), unread=(unread,), tried=tried))
-        return nothing_to_compute(table, snapshot, Listing((), 0, "d"), reader) is not None
+        return nothing_to_compute(table, snapshot, Listing((), {}, "d"), reader) is not None
 
     now = time.time()
     assert has_nothing(now - 90_000)
@@ -486,7 +488,7 @@ def test_there_is_something_to_compute_once_the_table_has_moved_on(
     answer = written(table.parts, "commit-2", rows_of_table(None), 3)
     moved, _ = table.commit(snapshot, known, pa.Table.from_batches([answer]))
     reader = ImageReader(address_of(folder), S3Settings())
-    assert nothing_to_compute(table, moved, Listing((), 0, "d"), reader) is None
+    assert nothing_to_compute(table, moved, Listing((), {}, "d"), reader) is None
 
 
 # --- rows that stay --------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 from pipeline.errors import NoImagesError, StorageError
 from pipeline.listing import images
 from pipeline.listing.images import (
-    IMAGE_ENDINGS,
     LISTED,
     Digest,
     Listing,
@@ -21,6 +20,7 @@ from pipeline.listing.images import (
     label_of,
     list_images,
 )
+from pipeline.listing.names import ENDINGS, MOST_KINDS, LeftOut, kind_of, told_of
 from pipeline.storage import Address, FolderStore
 
 COARSE = timedelta(seconds=2)  # a file system's clock may lag, and count in seconds
@@ -53,17 +53,49 @@ def test_the_label_is_the_name_of_the_folder_an_image_lies_in(tmp_path: Path) ->
     }
 
 
-@pytest.mark.parametrize("ending", sorted(IMAGE_ENDINGS))
-def test_an_image_is_told_by_its_ending_in_any_case(ending: str) -> None:
+@pytest.mark.parametrize("ending", sorted(ENDINGS))
+def test_an_image_may_have_any_ending_that_photos_have(ending: str) -> None:
     for name in (ending, ending.upper(), ending.title()):
-        assert is_image(f"a/photo{name}")
-        assert is_image(f"_a/.photo.backup{name}")
-        assert not is_image(f"a/photo{name}.txt")
+        assert is_image(f"a/photo.{name}")
+        assert is_image(f"_a/.photo.backup.{name}")
+        assert not is_image(f"a/photo.{name}.txt")
 
 
-@pytest.mark.parametrize("key", ["notes.txt", "jpg", "a.jpg/readme", "photo.jpg~", "x.svg", "a/b"])
-def test_anything_else_is_no_image(key: str) -> None:
-    assert not is_image(key)
+@pytest.mark.parametrize(
+    "name",
+    ["photo", "photo.jpg ", "photo.JPG?w=640", "photo.jpg_large", "photo.jpeg~", "x.webp!d", "jpg"],
+)
+def test_an_image_may_have_a_browsers_name_or_no_ending(name: str) -> None:
+    assert is_image(f"a.b/{name}")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("notes.TXT", ".txt"),
+        ("a.jpg/x.svg", ".svg"),
+        ("a/README", "without an ending"),
+        ("a/_SUCCESS", "without an ending"),
+        ("a/.DS_Store", "without an ending"),
+        ("a/._0.jpg", "a Mac's own"),
+        ("__MACOSX/a/0.jpg", "a Mac's own"),
+        ("a/0.jpg:Zone.Identifier", "Windows' own"),
+        ("a/Thumbs.db", ".db"),
+        ("a/IMG_1.NEF", ".nef"),
+    ],
+)
+def test_what_is_known_to_be_something_else_has_a_kind(key: str, kind: str) -> None:
+    assert kind_of(key) == kind
+
+
+def test_very_many_kinds_are_told_as_some() -> None:
+    left_out = LeftOut()
+    for number in range(200):
+        left_out.add(f".{number}")
+    left_out.add(".0")
+    assert len(left_out.told()) == MOST_KINDS + 1
+    assert sum(left_out.told().values()) == 201
+    assert told_of({".txt": 1200, ".db": 3, ".a": 1, ".b": 1}, 2) == "1,200 .txt, 3 .db, 2 others"
 
 
 def test_hidden_names_are_listed(tmp_path: Path) -> None:
@@ -75,7 +107,7 @@ def test_hidden_names_are_listed(tmp_path: Path) -> None:
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
     found = listing_of(tmp_path, "a/0.jpg", "a/0.txt", "LICENSE", "a/.DS_Store")
     assert found.count == table_of(found).num_rows == 1
-    assert found.ignored == 3
+    assert found.left_out == {"without an ending": 2, ".txt": 1}
 
 
 def test_a_folder_may_be_named_like_an_image(tmp_path: Path) -> None:
@@ -143,7 +175,7 @@ def test_the_listing_has_its_schema_lengths_and_times(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_is_told_by_its_address(tmp_path: Path) -> None:
-    with pytest.raises(NoImagesError, match="found 2 other objects") as told:
+    with pytest.raises(NoImagesError, match=r"found 1 \.txt, 1 \.csv") as told:
         listing_of(tmp_path, "a.txt", "b/c.csv")
     assert f"below {tmp_path}, " in str(told.value)
     assert f"fruits upload FOLDER {tmp_path}" in str(told.value)
