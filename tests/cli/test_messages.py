@@ -29,6 +29,17 @@ def one_line_error(done: object, *words: str) -> None:
         assert re.search(word, text), text
 
 
+def test_another_spark_in_the_environment_is_not_ours(fruits: Fruits, tmp_path: Path) -> None:
+    package = tmp_path / "spark/python/pyspark/__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("raise ImportError('another Spark')")
+    (tmp_path / "spark/python/lib").mkdir()
+    python = tmp_path / "spark/python"
+    ours = {"SPARK_HOME": str(python.parent), "PYTHONPATH": f"{python}:{python}/lib/py4j-src.zip"}
+    done = fruits("--version", **ours)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_ends_with_the_status_and_the_line_of_its_mistake(fruits: Fruits) -> None:
     assert "Usage: " in fruits("--help").stdout
     wrong = fruits("run")
