@@ -335,7 +335,7 @@ def upload(
 ) -> None:
     """Copy a folder to S3: many files at once, only those that are missing or newer."""
     s3 = S3Settings.from_spark(read_settings())
-    source = open_store(Address.parse(str(folder)), s3)
+    source = open_store(Address.parse(str(folder)), s3, follows_links=True)
     with observing() as observer:
         observer.stage("Uploading")
         done = upload_folder(source, open_store(Address.parse(target), s3), observer.files)

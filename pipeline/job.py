@@ -27,7 +27,7 @@ from pipeline.reading import ImageReader
 from pipeline.record import FORMAT, Counts, Made, PCAOptions, Run
 from pipeline.result.make import Making
 from pipeline.result.overview import quarantine
-from pipeline.storage import Address, BucketStore, S3Settings, open_store
+from pipeline.storage import Address, BucketStore, S3Settings, Store, open_store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
 from pipeline.table.parts import Parts
@@ -174,11 +174,14 @@ class Job:
         self._check_writes()
         if previous is not None:
             self.pca = previous.pca.requested
-        images = open_store(self.images, self.s3)
+        images = self._images()
         with self.journal.stage("features"), self._workplace(Listing((), {}, "")) as work:
             had_rows = remove_rows(self.spark(), self.table, images, paths, work)
         delete_all(self.store, single_writer=self.choices.single_writer)
         return erase(self.table, paths, had_rows, self.journal.run_id)
+
+    def _images(self) -> Store:
+        return open_store(self.images, self.s3, follows_links=True)
 
     def _check_output(self) -> Run | None:
         return check_output(self.images, self.model, self.store, force=self.choices.force)
@@ -206,7 +209,7 @@ class Job:
             with self.journal.stage("list"):
                 base = self.table.snapshot()
                 told = open_inventory(inventory, self.s3) if inventory else None
-                listing = list_images(open_store(self.images, self.s3), Path(folder), told)
+                listing = list_images(self._images(), Path(folder), told)
             yield base, listing
 
     def _unchanged(

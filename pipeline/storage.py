@@ -150,17 +150,23 @@ class Store(Protocol):
         """Remove objects."""
 
 
-def open_store(address: Address, s3: S3Settings) -> Store:
-    """Return the store of an address; nothing is asked of it yet."""
-    return FolderStore(address) if address.bucket is None else BucketStore(address, s3)
+def open_store(address: Address, s3: S3Settings, *, follows_links: bool = False) -> Store:
+    """Return the store of an address; nothing is asked of it yet.
+
+    With `follows_links`, folders that are links belong to a folder's listing.
+    """
+    if address.bucket is None:
+        return FolderStore(address, follows_links=follows_links)
+    return BucketStore(address, s3)
 
 
 class FolderStore:
     """A folder of this machine."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, *, follows_links: bool = False) -> None:
         self.address = address
         self.folder = Path(address.path)
+        self.follows_links = follows_links
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every file below the folder; a missing folder is an error at the root only."""
@@ -169,7 +175,10 @@ class FolderStore:
         top, _, beginning = prefix.rpartition("/")
         if not (self.folder / top).is_dir():
             return
-        for parent, folders, files in os.walk(self.folder / top, onerror=_raise_readable):
+        walk = os.walk(self.folder / top, onerror=_raise_readable, followlinks=self.follows_links)
+        for parent, folders, files in walk:
+            if self.follows_links:
+                folders[:] = [name for name in folders if not _leads_back(Path(parent), name)]
             if parent == str(self.folder / top):
                 folders[:] = [name for name in folders if name.startswith(beginning)]
                 files = [name for name in files if name.startswith(beginning)]
@@ -314,6 +323,15 @@ def _link(temporary: Path, target: Path) -> bool:
             return False
         temporary.replace(target)
     return True
+
+
+def _leads_back(parent: Path, name: str) -> bool:
+    """Tell whether a folder is a link to one on the way to it: following it would never end."""
+    link = parent / name
+    if not link.is_symlink():
+        return False
+    target = link.resolve()
+    return any(place.resolve().is_relative_to(target) for place in (parent, *parent.parents))
 
 
 def _status(file: Path) -> os.stat_result | None:

@@ -92,7 +92,8 @@ def place_with_images(folder: Path, observer: ConsoleObserver) -> Iterator[Place
         bucket = BucketStore(SOURCE, place.s3)
         bucket.create_bucket()
         observer.stage("Uploading the images")
-        upload(open_store(Address.parse(str(folder)), S3Settings()), bucket, observer.files)
+        source = open_store(Address.parse(str(folder)), S3Settings(), follows_links=True)
+        upload(source, bucket, observer.files)
         yield place
 
 

@@ -329,6 +329,26 @@ def test_the_reader_of_images_gives_the_version_that_the_listing_gave(store: Fol
         read("gone.jpg")
 
 
+def test_folders_that_are_links_are_followed_and_circles_are_not(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    for file in (outside / "apple/0.jpg", tmp_path / "in/pear/1.jpg"):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    (tmp_path / "in/apple").symlink_to(outside / "apple")
+    (tmp_path / "in/pear/again").symlink_to(tmp_path / "in")
+    (tmp_path / "in/nowhere").symlink_to(tmp_path / "gone")
+    (outside / "apple/self").symlink_to(outside / "apple")
+    (outside / "apple/pears").symlink_to(tmp_path / "in/pear")
+    (tmp_path / "in/pear/apples").symlink_to(outside / "apple")
+    address = Address.parse(str(tmp_path / "in"))
+    keys = {entry.key for entry in FolderStore(address, follows_links=True).list()}
+    assert keys == {
+        *("apple/0.jpg", "apple/pears/1.jpg", "nowhere"),
+        *("pear/1.jpg", "pear/apples/0.jpg"),
+    }
+    assert {entry.key for entry in FolderStore(address).list()} == {"pear/1.jpg", "nowhere"}
+
+
 # --- S3 --------------------------------------------------------------------------------------
 
 
