@@ -220,6 +220,40 @@ def one_run(commands: Commands, chance: random.Random, told: Counter[str]) -> No
         commands.model.check(commands.model.output)
 
 
+def test_of_two_runs_at_once_each_ends_well_or_says_why_not_twenty_times(
+    cluster: Loopback, bucket: BucketStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance, told = random.Random(SEED), Counter[str]()
+    model = Model(bucket, chance)
+    commands = Commands(cluster, model, tmp_path)
+    for number in range(40):
+        model.put(f"{LABELS[number % 3]}/{number}.png", is_good=number % 10 != 0)
+    with reader(model.output, told):
+        for _ in range(20):
+            two_runs(commands, chance, told)
+            model.change()
+    with capsys.disabled():
+        print(f"\nseed {SEED}: {dict(told)}")
+    assert told["ended well"] + told["said why not"] == 40
+    assert told["ended well"] >= 20
+
+
+def two_runs(commands: Commands, chance: random.Random, told: Counter[str]) -> None:
+    """Start two runs, each behind a proxy that holds requests back as it likes."""
+    s3 = str(commands.cluster.s3.endpoint)
+    with ExitStack() as stack:
+        running = []
+        for _ in range(2):
+            held = Behaviour(held=0.1, held_seconds=1.5, seed=chance.randrange(10**6))
+            endpoint = stack.enter_context(s3_proxy(s3, held)).endpoint
+            running.append(commands.start("out", endpoint))
+        well = [ended(one) for one in running]
+    told["ended well"] += sum(well)
+    told["said why not"] += len(well) - sum(well)
+    assert any(well), "one of them was the first"
+    commands.model.check(commands.model.output)
+
+
 def test_whatever_happens_the_result_is_right_or_the_run_says_why_not(
     cluster: Loopback, bucket: BucketStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
