@@ -32,7 +32,7 @@ from pipeline.networks.apart import LIMITS, Limits
 from pipeline.pca import Tally
 from pipeline.plan import Plan, Touched, check_removals, make_plan
 from pipeline.quarantine import READ, BadImageError, left_alone, word_of
-from pipeline.reading import ImageReader, read_listed
+from pipeline.reading import ImageReader, Outcome, Row, read_listed
 from pipeline.record import Counts, Speed
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import (
@@ -267,17 +267,17 @@ def nothing_to_compute(
     again = [one for one in last.unread if word_of(one.reason) not in alone]
     if len(again) != known.each_run + (known.daily if is_due else 0):
         return None  # too many for this machine
-    if any(_is_otherwise(reader, one) for one in again):
+    read = read_listed(reader.open()) if again else None
+    if read and any(_is_otherwise(read, one) for one in again):
         return None
     if is_due and again:
         table.keep_pass(replace(last, tried=time.time()))
     return pass_of(base, known, last)
 
 
-def _is_otherwise(reader: ImageReader, image: Unread) -> bool:
+def _is_otherwise(read: Callable[[Row], Outcome], image: Unread) -> bool:
     """Tell whether an image can be read now, or cannot for another reason."""
-    row = {**image._asdict(), "known_reason": image.reason}
-    outcome = read_listed(reader.open())(row)
+    outcome = read({**image._asdict(), "known_reason": image.reason})
     return not isinstance(outcome, BadImageError) or outcome.reason.word != word_of(image.reason)
 
 

@@ -120,8 +120,10 @@ PLAN = pa.schema(
     [("part", pa.string()), ("file", pa.string())]
     + [(name, pa.int64()) for name in ("start", "todo", "gone")]
 )
-KEYS = ["path", "length", "modified", "version", "stage", "sha256", "reason", "decoder", "runtime"]
-MORE_KEYS = ["since"]  # which older files lack
+KEYS = [
+    *("path", "length", "modified", "version", "stage", "sha256", "reason", "decoder", "runtime"),
+    "since",  # older files lack it
+]
 
 
 def make_plan(
@@ -152,7 +154,7 @@ def make_plan(
 
     def keys(files: Iterator[str]) -> Iterator[pa.RecordBatch]:
         for file in files:
-            for batch in parts.read(file, [*KEYS, *MORE_KEYS]):
+            for batch in parts.read(file, KEYS):
                 row = dict(zip(batch.schema.names, batch.columns, strict=True))
                 again = _again(row, left_alone, retry_quarantine=retry_quarantine)
                 yield _known_columns(row, file, again)

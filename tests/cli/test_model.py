@@ -211,9 +211,7 @@ def one_run(commands: Commands, chance: random.Random, told: Counter[str]) -> No
             else:
                 ended(running[0])
             return
-        well = [ended(one) for one in running]
-    told["ended well"] += sum(well)
-    told["said why not"] += len(well) - sum(well)
+        well = all_ended(running, told)
     if what == "quiet":
         assert all(well)
     if any(well):  # of two, each takes all that lies there
@@ -247,11 +245,17 @@ def two_runs(commands: Commands, chance: random.Random, told: Counter[str]) -> N
             held = Behaviour(held=0.1, held_seconds=1.5, seed=chance.randrange(10**6))
             endpoint = stack.enter_context(s3_proxy(s3, held)).endpoint
             running.append(commands.start("out", endpoint))
-        well = [ended(one) for one in running]
-    told["ended well"] += sum(well)
-    told["said why not"] += len(well) - sum(well)
+        well = all_ended(running, told)
     assert any(well), "one of them was the first"
     commands.model.check(commands.model.output)
+
+
+def all_ended(running: list[subprocess.Popen[str]], told: Counter[str]) -> list[bool]:
+    """Wait for runs, and count how they ended."""
+    well = [ended(one) for one in running]
+    told["ended well"] += sum(well)
+    told["said why not"] += len(well) - sum(well)
+    return well
 
 
 def test_whatever_happens_the_result_is_right_or_the_run_says_why_not(
