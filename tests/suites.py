@@ -5,6 +5,8 @@ A suite is what gets a line of its own: a file of tests, and tests/unit as a who
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Generator
 from contextlib import suppress
@@ -15,6 +17,7 @@ from _pytest.terminal import TerminalReporter
 from xdist.scheduler import LoadScopeScheduling
 
 LONGEST = {"test_site.py"}  # the files that take longest in their folders
+FREE_GB = 14  # of which hosts want 8 free once more when they look
 
 
 def suite_of(nodeid: str) -> str:
@@ -98,6 +101,15 @@ class Suites:
     @property
     def reporter(self) -> TerminalReporter:
         return self.config.pluginmanager.getplugin("terminalreporter")
+
+    def pytest_sessionstart(self) -> None:
+        free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+        if self.config.args_source is pytest.Config.ArgsSource.TESTPATHS and free < FREE_GB:
+            raise pytest.UsageError(
+                f"All tests together need {FREE_GB} GB of free disk, and {tempfile.gettempdir()} "
+                f"has {free:.0f}. Make room (`make clean` removes what was kept of hosts), or name "
+                "another folder in TMPDIR."
+            )
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.to_do = Counter(suite_of(item.nodeid) for item in session.items)
