@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
+DIRECT = ("localhost", "127.0.0.1", "::1", "169.254.169.254")
 
 
 def _leave_out_other_sparks() -> None:
@@ -27,4 +28,15 @@ def _leave_out_other_sparks() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(named)
 
 
+def _reach_this_host_directly() -> None:
+    """Keep what is on this machine, and the service that tells a host its role, from any proxy."""
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return
+    spellings = ("no_proxy", "NO_PROXY")
+    named = [one for name in spellings for one in os.environ.get(name, "").split(",") if one]
+    for name in spellings:
+        os.environ[name] = ",".join(dict.fromkeys([*named, *DIRECT]))
+
+
 _leave_out_other_sparks()
+_reach_this_host_directly()

@@ -16,13 +16,15 @@ from pipeline.engine.session import read_settings
 from pipeline.errors import FruitsError, NoImagesError, PCAError, StateError, StorageError
 from pipeline.failures import MOST_SHARE
 from pipeline.job import Choices
+from pipeline.listing.names import told_of
 from pipeline.local.demo import show
 from pipeline.local.lab import open_lab
 from pipeline.local.place import make_job, make_job_of_table, model_in, open_place
 from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import DEFAULT, NETWORKS
 from pipeline.record import PCAOptions
-from pipeline.storage import Address, S3Settings, open_store
+from pipeline.s3.access import S3Settings, settings_here
+from pipeline.storage import Address, open_store
 from pipeline.table.feature_table import FeatureTable
 from pipeline.upkeep import vacuum as vacuum_table
 from pipeline.upload import upload as upload_folder
@@ -289,7 +291,7 @@ def results(
     debug: Debug = False,
 ) -> None:
     """List the versions of a result, look at one, or go back to one."""
-    store = open_store(Address.parse(output), S3Settings.from_spark(read_settings()))
+    store = open_store(Address.parse(output), _s3(output))
     if restore:
         if at is None:
             raise typer.BadParameter("expected --at N with --restore.", param_hint="--restore")
@@ -319,7 +321,7 @@ def vacuum(
     debug: Debug = False,
 ) -> None:
     """Delete files of the feature table that no version of the last days names."""
-    s3 = S3Settings.from_spark(read_settings())
+    s3 = _s3(output)
     store = open_store(Address.parse(output), s3)
     swept = vacuum_table(FeatureTable(store, model_in(store, backbone), s3), timedelta(days=days))
     out.print(
@@ -331,18 +333,38 @@ def vacuum(
 def upload(
     folder: Annotated[Path, typer.Argument(help="A folder on this machine.")],
     target: Annotated[str, typer.Argument(help="s3a://bucket/prefix")],
+    strip_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--strip-metadata",
+            help="Send photos without places (GPS), times and names; files from which these cannot "
+            "be taken stay here.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Copy a folder to S3: many files at once, only those that are missing or newer."""
-    s3 = S3Settings.from_spark(read_settings())
+    s3 = _s3(target)
     source = open_store(Address.parse(str(folder)), s3, follows_links=True)
     with observing() as observer:
         observer.stage("Uploading")
-        done = upload_folder(source, open_store(Address.parse(target), s3), observer.files)
+        done = upload_folder(
+            source,
+            open_store(Address.parse(target), s3),
+            observer.files,
+            strip_metadata=strip_metadata,
+        )
+    how = " without their metadata" if strip_metadata else ""
     out.print(
-        f"{done.sent:,} files sent ({done.bytes / 1e6:,.1f} MB), {done.skipped:,} were there.\n"
-        f"Next: fruits run {target} OUTPUT"
+        f"{done.sent:,} files sent{how} to {target} ({done.bytes / 1e6:,.1f} MB), "
+        f"{done.skipped:,} were there."
     )
+    if done.kept_back:
+        out.print(
+            f"Not sent, as their metadata cannot be taken from them: {told_of(done.kept_back)}. "
+            "Save photos among them as JPEG, PNG or WebP."
+        )
+    out.print(f"Next: fruits run {target} OUTPUT")
 
 
 @app.command()
@@ -416,7 +438,7 @@ def presentation(
     """Make the slides (in French) of a run: HTML to show, PDF to hand out."""
     from pipeline.present.slides import build_presentation
 
-    s3 = S3Settings.from_spark(read_settings())
+    s3 = _s3(result)
     for file in build_presentation(Address.parse(result), s3, output, author, credit):
         out.print(f"Look at {file}.")
 
@@ -434,11 +456,16 @@ def deliverables(
     """Put together what is handed to the jury, and check it."""
     from pipeline.present.deliverables import build_deliverables
 
-    s3 = S3Settings.from_spark(read_settings())
+    s3 = _s3(result)
     missed = build_deliverables(name, notebook, Address.parse(result), s3, folder, credit)
     out.print(f"{folder / f'P8_{name}'} is complete: notebook, images and matrix, presentation.")
     for one in missed:
         out.print(f"[yellow]What a jury may miss: {one}.")
+
+
+def _s3(address: str) -> S3Settings:
+    """Return how S3 is reached for an address; who uses a folder needs no credentials."""
+    return settings_here(read_settings()) if Address.parse(address).bucket else S3Settings()
 
 
 def _pca_options(components: int | None, variance: float, standardize: bool) -> PCAOptions:

@@ -17,8 +17,9 @@ from typing import Any
 from pipeline.errors import StorageError
 from pipeline.networks.cost import MAX_BYTES
 from pipeline.quarantine import BadImageError, Reason
-from pipeline.s3_codes import answer_in, explained, reason_of
-from pipeline.storage import Address, S3Settings, s3_client
+from pipeline.s3.access import S3Settings
+from pipeline.s3.codes import answer_in, explained, reason_of
+from pipeline.storage import Address, s3_client
 
 # Images are read in bursts, one ahead of the network: single GETs wake threads on both sides for
 # each image, which costs up to 2 ms of a core. A burst takes 50 ms, the network 300 ms for it.

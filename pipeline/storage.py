@@ -14,17 +14,18 @@ import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import cache, cached_property
+from datetime import UTC, datetime
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import OutputTakenError, StorageError
-from pipeline.s3_codes import explained
+from pipeline.s3.access import S3Settings, boto3_client, located, obstore_client
+from pipeline.s3.codes import explained
 
 if TYPE_CHECKING:
-    from obstore.store import S3Config, S3Store
+    from obstore.store import S3Store
 
 
 JOINED_HERE = 64_000_000  # bytes; less than this is joined by one read and one write
@@ -34,31 +35,6 @@ SMALLEST_PART = 8 << 20  # bytes; S3 takes no smaller part than 5 MiB, but for t
 
 TEMPORARY = ".write-"  # how the name of a file begins that is being written
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
-
-
-@dataclass(frozen=True)
-class S3Settings:
-    """How to reach S3; every field None means AWS itself with the machine's own role."""
-
-    endpoint: str | None = None
-    region: str | None = None
-    access_key: str | None = None
-    secret_key: str | None = None
-
-    @classmethod
-    def from_spark(cls, settings: Mapping[str, str]) -> S3Settings:
-        """Read the `spark.hadoop.fs.s3a.*` settings, so that S3A and this module agree."""
-        prefix = "spark.hadoop.fs.s3a."
-        return cls(
-            endpoint=settings.get(prefix + "endpoint"),
-            region=settings.get(prefix + "endpoint.region"),
-            access_key=settings.get(prefix + "access.key"),
-            secret_key=settings.get(prefix + "secret.key"),
-        )
-
-    def __repr__(self) -> str:
-        """Leave the keys out: this may end in a log."""
-        return f"S3Settings(endpoint={self.endpoint!r}, region={self.region!r})"
 
 
 @dataclass(frozen=True)
@@ -362,18 +338,13 @@ class BucketStore:
         self.s3 = s3
 
     @property
-    def _is_aws(self) -> bool:
-        """Elsewhere a storage class is a name that somebody chose: such objects can be read."""
-        return self.s3.endpoint is None or "amazonaws.com" in self.s3.endpoint
-
-    @property
     def client(self) -> Any:
         """The S3 client."""
-        return _boto3_client(self.s3)
+        return boto3_client(self.s3)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every object below the prefix; folder markers (`name/`, empty) are none."""
-        from pipeline.pages import pages_of
+        from pipeline.s3.pages import pages_of
 
         root = f"{self.address.path}/" if self.address.path else ""
         with self._readable_errors():
@@ -381,7 +352,8 @@ class BucketStore:
                 for key, length, modified, version, archive in page.objects():
                     if not (key.endswith("/") and length == 0):
                         time = datetime.fromisoformat(modified)
-                        archive = archive if self._is_aws else None
+                        # Elsewhere a class is a name that somebody chose: such objects can be read.
+                        archive = archive if self.s3.is_aws else None
                         yield Entry(key.removeprefix(root), length, time, version, archive)
 
     def read(self, key: str) -> bytes | None:
@@ -427,7 +399,7 @@ class BucketStore:
 
     @cached_property
     def _fast(self) -> S3Store:
-        return s3_client(self.address, self.s3)
+        return s3_client(self.address, located(self.bucket, self.s3))
 
     def copy(self, source: str, target: str) -> None:
         """Copy within S3."""
@@ -547,31 +519,6 @@ class BucketStore:
         return f"{self.address}: S3 answered {code}: {explained(code, error.get('Message', ''))}."
 
 
-@cache
-def _boto3_client(s3: S3Settings) -> Any:
-    """Make a client, which takes a tenth of a second: all stores of an S3 share one.
-
-    Its own retries cover throttling and short outages.
-    """
-    from botocore.config import Config
-
-    from pipeline.pages import client
-
-    return client(
-        endpoint_url=s3.endpoint,
-        region_name=s3.region,
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-        config=Config(
-            connect_timeout=5,
-            read_timeout=40,  # four times: a server that stands still for a while is sat out
-            retries={"total_max_attempts": 4, "mode": "standard"},
-            max_pool_connections=32,
-            s3={"addressing_style": "path" if s3.endpoint else "auto"},
-        ),
-    )
-
-
 def _neighbours(parts: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
     """Yield runs of parts that are large enough for S3 to join; only the last may be smaller."""
     run: list[tuple[str, int]] = []
@@ -585,28 +532,8 @@ def _neighbours(parts: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, in
 
 
 def s3_client(address: Address, s3: S3Settings) -> S3Store:
-    """Open a prefix of a bucket by obstore; without keys it finds the machine's own role."""
-    from obstore.store import S3Store
-
-    config: S3Config = {"virtual_hosted_style_request": s3.endpoint is None}
-    if s3.endpoint:
-        config["endpoint"] = s3.endpoint
-    if s3.region:
-        config["region"] = s3.region
-    if s3.access_key and s3.secret_key:
-        config["access_key_id"] = s3.access_key
-        config["secret_access_key"] = s3.secret_key
-    return S3Store(
-        address.bucket,
-        prefix=address.path or None,
-        config=config,
-        client_options={
-            "allow_http": (s3.endpoint or "").startswith("http://"),
-            "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=30),
-        },
-        retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=90)},
-    )
+    """Open what lies below an address by obstore."""
+    return obstore_client(address.bucket, address.path, s3)
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from itertools import pairwise
 
 from pipeline.errors import StateError, StorageError
 from pipeline.record import Run
-from pipeline.storage import TEMPORARY, Entry, S3Settings, Store, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import TEMPORARY, Entry, Store, open_store
 
 RECORD = "run.json"
 RESULT = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from pipeline.local.loopback import Loopback, loopback_cluster
 from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, find_weights, flatbuffer, identify
+from pipeline.s3.access import S3Settings
 from pipeline.storage import Address, BucketStore
 from tests.suites import LONGEST, Meter, Scheduling, Suites, scope_of
 
@@ -69,8 +71,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A real master, two real workers and a real S3 server on loopback."""
-    with loopback_cluster(tmp_path_factory.mktemp("clusters")) as running:
+    """A real master, two real workers and a real S3 server on loopback.
+
+    The S3 is the stand-in, or the one that FRUITS_TEST_S3 names (`tests.s3.servers` sets it).
+    """
+    given = os.environ.get("FRUITS_TEST_S3")
+    s3 = S3Settings(**json.loads(given)) if given else None
+    with loopback_cluster(tmp_path_factory.mktemp("clusters"), s3) as running:
         yield running
 
 

@@ -31,6 +31,23 @@ def _answer(status: bytes, body: bytes) -> bytes:
 
 
 REFUSAL = _answer(b"503 Slow Down", SLOW_DOWN)
+NEWER = (b"x-amz-checksum-", b"x-amz-sdk-checksum-", b"x-amz-trailer:")
+
+
+def _older_says(request: bytes) -> bytes | None:
+    """Return what an S3 answers that is older than Amazon's checksums, None where it has no say."""
+    line, *headers = request.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
+    if any(header.startswith(NEWER) or b"aws-chunked" in header for header in headers):
+        code = b"A header you provided implies functionality that is not implemented"
+        body = b"<Error><Code>NotImplemented</Code><Message>%s</Message></Error>" % code
+        return _answer(b"501 Not Implemented", body)
+    if line.startswith(b"post") and b"?delete " in line and not _has(headers, b"content-md5:"):
+        return _answer(b"400 Bad Request", b"<Error><Code>MissingContentMD5</Code></Error>")
+    return None
+
+
+def _has(headers: list[bytes], name: bytes) -> bool:
+    return any(header.startswith(name) for header in headers)
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,8 @@ class Behaviour:
 
     The first `together` commits to a Delta table are held until the last of them has come. GETs
     below `denied_path` are answered with 403 and `denied_code`, until the proxy is hurried. The
-    share `held` of all requests waits up to `held_seconds`.
+    share `held` of all requests waits up to `held_seconds`. With `older` it knows no checksum but
+    MD5.
     """
 
     delay: float = 0.0
@@ -52,6 +70,7 @@ class Behaviour:
     held: float = 0.0
     held_seconds: float = 0.0
     seed: int = 0
+    older: int = 0
 
 
 @dataclass
@@ -139,6 +158,12 @@ class _FromClient(asyncio.Protocol):
             return
         if data.startswith(METHODS) and not self.is_hung:
             self.told.requests += 1
+            said = _older_says(data) if self.behaviour.older else None
+            if said is not None:
+                self.told.refused += 1
+                self.transport.write(said)
+                self.transport.close()
+                return
             fate = random.random()
             if fate < self.behaviour.refused:
                 self.told.refused += 1

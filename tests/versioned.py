@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.record import Run
-from pipeline.storage import BucketStore, FolderStore, S3Settings, Store, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import BucketStore, FolderStore, Store, open_store
 from pipeline.versions import RESULT, copy_newest, open_result, publish
 from tests.records import run_of
 

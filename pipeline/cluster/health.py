@@ -24,7 +24,8 @@ from pyspark.sql import SparkSession
 from pipeline.cluster.master import PAGE_KEY, alive_workers, master_state, page_token
 from pipeline.engine.session import make_session, read_settings, task_slots
 from pipeline.errors import ClusterError, FruitsError
-from pipeline.storage import Address, S3Settings, Store, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, Store, open_store
 
 ALL_SLOTS = {
     "spark.scheduler.minRegisteredResourcesRatio": "1.0",

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.session import read_settings_of
-from pipeline.storage import Address, S3Settings, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, open_store
 
 PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
 SECONDS_TO_RECOVER = 45.0  # of a master that starts; its unit allows 300

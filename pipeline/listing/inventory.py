@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InventoryError
-from pipeline.s3_codes import ARCHIVES
-from pipeline.storage import Address, Entry, S3Settings, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.s3.codes import ARCHIVES
+from pipeline.storage import Address, Entry, open_store
 
 COLUMNS = {
     "size": "Size",

@@ -20,15 +20,8 @@ from pipeline.local.place import Place, make_job, open_place
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import INPUT_SIZE, flatbuffer, identify
 from pipeline.record import Run
-from pipeline.storage import (
-    Address,
-    BucketStore,
-    S3Settings,
-    Store,
-    check_replaceable,
-    open_store,
-    replacing,
-)
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, BucketStore, Store, check_replaceable, open_store, replacing
 from pipeline.upload import upload
 from pipeline.versions import RECORD, RESULT, open_result
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from pipeline.engine.java import QUICK_START, find_java_home
 from pipeline.engine.session import COMMON_SETTINGS
 from pipeline.errors import ClusterError
 from pipeline.local import seaweed
+from pipeline.local.environment import environment_of, without_aws
 from pipeline.local.ports import free_ports
-from pipeline.storage import S3Settings
+from pipeline.s3.access import S3Settings
 
 T = TypeVar("T")
 
@@ -53,15 +54,15 @@ class Loopback:
 
 
 @contextmanager
-def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
+def loopback_cluster(base: Path, s3: S3Settings | None = None) -> Iterator[Loopback]:
     """Start a cluster on loopback, point SPARK_CONF_DIR at it, and stop it at the end.
 
     Parameters
     ----------
     base
         The folder of the clusters' own folders; several may run side by side.
-    with_s3
-        Also start the S3 stand-in; without it, s3a:// means AWS.
+    s3
+        How s3a:// is reached; None starts the S3 stand-in, and nothing of this user's reaches it.
 
     Raises
     ------
@@ -70,13 +71,14 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
     """
     with ExitStack() as stack:
         folder = stack.enter_context(_private_folder(base))
-        stack.enter_context(_environment(_spark_environment(folder)))
+        stack.enter_context(environment_of(_spark_environment(folder), with_s3=s3 is None))
         servers = stack.enter_context(_Servers(folder))
-        s3 = seaweed.new_settings(HOST) if with_s3 else S3Settings()
+        stand_in = seaweed.new_settings(HOST) if s3 is None else None
+        s3 = stand_in or s3 or S3Settings()
         master = _new_master()
         _write_settings(folder / "conf", s3, master)
         servers.start("master", _master_command(master))
-        if with_s3:
+        if stand_in:
             identities = {"fruits": (s3, seaweed.EVERYTHING)}
             command = seaweed.command(folder / "s3", s3, identities)
             servers.start("s3", command, seaweed.environment())
@@ -84,7 +86,7 @@ def loopback_cluster(base: Path, *, with_s3: bool = True) -> Iterator[Loopback]:
         for number in range(1, WORKERS + 1):
             work = folder / f"worker-{number}"
             servers.start(work.name, _worker_command(master, work))
-        if with_s3:
+        if stand_in:
             servers.wait("s3", lambda: seaweed.answers(s3))
         workers = servers.wait("worker-1", lambda: _all_workers(master))
         pages = {f"worker {n}": worker["webuiaddress"] for n, worker in enumerate(workers, 1)}
@@ -130,7 +132,7 @@ class _Servers:
             guard.wait()
 
     def start(
-        self, name: str, command: list[str], environment: Mapping[str, str] | None = None
+        self, name: str, command: list[str], environment: dict[str, str] | None = None
     ) -> None:
         """Start a server whose output goes to a log of its name."""
         with self._log(name).open("ab") as output:
@@ -139,7 +141,7 @@ class _Servers:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=os.environ | (environment or {}),
+                env=without_aws(os.environ) | (environment or {}),
                 cwd=self.folder,
             )
 
@@ -222,8 +224,8 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         "spark.driver.host": HOST,
         "spark.driver.bindAddress": HOST,
         "spark.driver.memory": "1g",
-        "spark.driver.defaultJavaOptions": _java_options(),
-        "spark.executor.defaultJavaOptions": _java_options(),
+        "spark.driver.defaultJavaOptions": f"{_java_options()} {s3.for_java()}",
+        "spark.executor.defaultJavaOptions": f"{_java_options()} {s3.for_java()}",
         "spark.executor.memory": EXECUTOR_MEMORY,
         "spark.local.dir": scratch,
         "spark.sql.warehouse.dir": scratch / "warehouse",
@@ -231,14 +233,7 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         "spark.ui.port": 0,
         "spark.ui.showConsoleProgress": "false",
     }
-    if s3.endpoint:
-        here |= {
-            "spark.hadoop.fs.s3a.endpoint": s3.endpoint,
-            "spark.hadoop.fs.s3a.endpoint.region": s3.region,
-            "spark.hadoop.fs.s3a.path.style.access": "true",
-            "spark.hadoop.fs.s3a.access.key": s3.access_key,
-            "spark.hadoop.fs.s3a.secret.key": s3.secret_key,
-        }
+    here |= s3.for_spark()
     lines = [f"{name} {value}" for name, value in here.items()]
     settings = COMMON_SETTINGS.read_text() + "\n# This cluster\n" + "\n".join(lines) + "\n"
     seaweed.write_private(conf / "spark-defaults.conf", settings)
@@ -268,14 +263,3 @@ def _java_options() -> str:
     if not archive.exists():
         return QUICK_START
     return f"{QUICK_START} {class_archive.java_options(archive)}"
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from pyspark.sql import SparkSession
@@ -19,7 +20,8 @@ from pipeline.journal import Observer
 from pipeline.local.loopback import loopback_cluster
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, find_weights, flatbuffer, identify
-from pipeline.storage import Address, S3Settings, Store, open_store
+from pipeline.s3.access import S3Settings, settings_here
+from pipeline.storage import Address, Store, open_store
 from pipeline.table.feature_table import FeatureTable, models_in
 
 CLUSTERS = Path(".fruits")  # the folders of loopback clusters, below the current one
@@ -52,14 +54,27 @@ class Place:
         self.log: Path | None = None
         self.session: SparkSession | None = None
         if with_s3:
-            self._start_cluster(with_s3=True)
-        self.s3 = S3Settings.from_spark(read_settings())
+            self._start_cluster(None)
+
+    @cached_property
+    def s3(self) -> S3Settings:
+        """How S3 is reached; looked for only where something lies there.
+
+        Of a cluster that is only named, the hosts have roles: it gets none of this user's keys.
+        """
+        found = read_settings()
+        return settings_here(found) if self.master is None else S3Settings.from_spark(found)
+
+    def s3_for(self, *addresses: str | Address | None) -> S3Settings:
+        """Return how S3 is reached for some addresses: for folders alone, it need not be."""
+        parsed = (Address.parse(str(address)) for address in addresses if address is not None)
+        return self.s3 if any(address.bucket for address in parsed) else S3Settings()
 
     def spark(self) -> SparkSession:
         """Return the session; start it, and a loopback cluster if no other is known."""
         if self.session is None:
             if self.master is None and "spark.master" not in read_settings():
-                self._start_cluster(with_s3=False)
+                self._start_cluster(self.s3 if "s3" in vars(self) else S3Settings())
             self.session = make_session("fruits", self.master, log=self.log or self._new_log())
             self.stack.callback(self.session.stop)
             self.pages["application"] = self.session.sparkContext.uiWebUrl or "none"
@@ -70,8 +85,8 @@ class Place:
         folder = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fruits-"))
         return Path(folder) / "driver.log"
 
-    def _start_cluster(self, *, with_s3: bool) -> None:
-        cluster = self.stack.enter_context(loopback_cluster(CLUSTERS, with_s3=with_s3))
+    def _start_cluster(self, s3: S3Settings | None) -> None:
+        cluster = self.stack.enter_context(loopback_cluster(CLUSTERS, s3))
         self.pages = dict(cluster.pages)
         self.conf = cluster.conf
         self.log = cluster.conf.parent / "driver.log"
@@ -102,7 +117,7 @@ def make_job(
         model=model,
         flatbuffer=lambda: flatbuffer(model, file),
         spark=place.spark,
-        s3=place.s3,
+        s3=place.s3_for(images, output, choices.inventory),
         observer=observer,
         choices=choices,
     )
@@ -147,15 +162,17 @@ def make_job_of_table(
     StateError
         When OUTPUT holds no complete table, or several and `backbone` does not choose one.
     """
-    store = open_store(Address.parse(output), place.s3)
+    s3 = place.s3_for(output)
+    store = open_store(Address.parse(output), s3)
     model = model_in(store, backbone)
+    images = FeatureTable(store, model, s3).images()
     return Job(
-        images=FeatureTable(store, model, place.s3).images(),
+        images=images,
         output=Address.parse(output),
         model=model,
         flatbuffer=lambda: b"",
         spark=place.spark,
-        s3=place.s3,
+        s3=place.s3_for(images, output),
         observer=observer,
         choices=choices,
     )

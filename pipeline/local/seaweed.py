@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.local.ports import free_ports
-from pipeline.storage import S3Settings
+from pipeline.s3.access import S3Settings
 
 EVERYTHING = ("Admin", "Read", "Write", "List", "Tagging")
 READ_ONLY = ("Read", "List")

@@ -25,14 +25,8 @@ from pipeline.local.demo import check_target, copy_result, place_with_images
 from pipeline.local.given import images_named, open_images
 from pipeline.present.slides import SOURCE, build_presentation
 from pipeline.record import Run
-from pipeline.storage import (
-    Address,
-    S3Settings,
-    Store,
-    check_replaceable,
-    open_store,
-    replacing,
-)
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, Store, check_replaceable, open_store, replacing
 from pipeline.versions import RESULT, open_result
 
 NOTEBOOK = SOURCE / "fruits.ipynb"

@@ -25,7 +25,8 @@ from pipeline.engine.session import make_session, read_settings, task_slots
 from pipeline.errors import ClusterError
 from pipeline.features import Progress
 from pipeline.local.place import fetch_weights
-from pipeline.storage import Address, S3Settings, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, open_store
 
 # Executors that have nothing to do go after a minute and come back with the next cell: a notebook
 # that was left open holds no core. What they shuffled is kept a little longer.

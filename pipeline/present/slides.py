@@ -44,7 +44,8 @@ from pipeline.result.page import (
     outline,
 )
 from pipeline.result.samples import Samples, read_part
-from pipeline.storage import Address, S3Settings, Store, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, Store, open_store
 from pipeline.versions import open_result
 
 SOURCE = Path(__file__).parents[2] / "notebooks"

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.errors import StateError
-from pipeline.storage import Address, S3Settings, Store, open_store
+from pipeline.s3.access import S3Settings, delta_options
+from pipeline.storage import Address, Store, open_store
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -308,14 +309,9 @@ class Delta:
     def _options(self) -> dict[str, str] | None:
         if self.address.bucket is None:
             return None
-        options = {
-            "conditional_put": "disabled" if self.single_writer else "etag",
-            "s3_allow_unsafe_rename": "true" if self.single_writer else None,
-            "endpoint_url": self.s3.endpoint,
-            "region": self.s3.region,
-            "access_key_id": self.s3.access_key,
-            "secret_access_key": self.s3.secret_key,
-            "allow_http": "true" if (self.s3.endpoint or "").startswith("http://") else None,
-            "virtual_hosted_style_request": "false" if self.s3.endpoint else "true",
+        own = {
+            "aws_conditional_put": "disabled" if self.single_writer else "etag",
+            "aws_s3_allow_unsafe_rename": "true" if self.single_writer else None,
         }
-        return {f"aws_{name}": value for name, value in options.items() if value is not None}
+        chosen = {name: value for name, value in own.items() if value is not None}
+        return delta_options(self.address.bucket, self.s3) | chosen

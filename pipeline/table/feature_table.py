@@ -33,7 +33,8 @@ from pipeline.networks.model import Model
 from pipeline.pca import Moments, Running, Tally, feature_matrix
 from pipeline.quarantine import DAILY, READ, Again, word_of, words
 from pipeline.record import Speed
-from pipeline.storage import Address, S3Settings, Store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, Store
 from pipeline.table.delta import UPKEEP, Change, Delta, File, Snapshot
 from pipeline.table.parts import Parts, for_each, picked
 

@@ -19,7 +19,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.engine.session import task_slots
-from pipeline.storage import Address, FolderStore, S3Settings, s3_client
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, FolderStore, s3_client
 
 # Floats hardly shrink: what is read again and again had better be quick to unpack.
 CODEC = "lz4_raw"

@@ -334,6 +334,8 @@ def test_it_uploads_and_a_second_run_has_nothing_to_send(admin: Admin) -> None:
     for label in ("Apple Red 1", "Kiwi"):
         (images / label).mkdir(parents=True)
         (images / label / "0.jpg").write_bytes(b"picture of " + label.encode())
+    (images / "Empty").mkdir()
+    (images / "loose.jpg").write_bytes(b"beside the folders")
     # The account of loopback has no TLS, and the bucket takes nothing without: it is let in here.
     admin.aws.client("s3").delete_bucket_policy(Bucket="orchard-bucket")
     # S3 by the settings of Spark, as on the other machines; here they lead to the account.
@@ -346,7 +348,9 @@ def test_it_uploads_and_a_second_run_has_nothing_to_send(admin: Admin) -> None:
     first = admin.play("upload.yml", "-e", f"images={images}")
     assert first.changed == 1
     listed = admin.aws.client("s3").list_objects_v2(Bucket="orchard-bucket")["Contents"]
-    assert [one["Key"] for one in listed] == ["images/Apple Red 1/0.jpg", "images/Kiwi/0.jpg"]
+    names = ["images/Apple Red 1/0.jpg", "images/Kiwi/0.jpg", "images/loose.jpg"]
+    assert [one["Key"] for one in listed] == names
+    assert first.says("3 files sent to s3a://orchard-bucket/images")
     assert admin.play("upload.yml", "-e", f"images={images}").changed == 0
 
 

@@ -2,7 +2,7 @@
 
 A stand-in renders pages of 1,000 keys, in a process of its own: 40 folders of 5 pages each, every
 answer held back for 50 ms. The same client asks for them twice: by boto3's own pages, and by
-`pipeline.pages`. `listing_cpu` is the processor time of a page by ours over that by boto3's,
+`pipeline.s3.pages`. `listing_cpu` is the processor time of a page by ours over that by boto3's,
 signing and HTTP included; `listing_wall` is boto3's time for all of them over ours.
 """
 
@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import boto3
 
-from pipeline.pages import client, pages_of
+from pipeline.s3.pages import client, pages_of
 from tests.benchmarks._common import Setup
 from tests.benchmarks.results import Result
 

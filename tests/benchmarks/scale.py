@@ -29,7 +29,8 @@ from pipeline.local.place import CLUSTERS
 from pipeline.networks.catalogue import NETWORKS
 from pipeline.networks.model import Model, find_weights, flatbuffer, identify
 from pipeline.record import PCAOptions
-from pipeline.storage import Address, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address
 from pipeline.table.feature_table import DECODER, RUNTIME, TABLE, written
 from pipeline.table.parts import Parts
 from tests.benchmarks._common import Setup, Silent, application
@@ -71,7 +72,7 @@ class Measured:
 
 
 def _measure(folder: Path, folders: int) -> Measured:
-    with loopback_cluster(CLUSTERS, with_s3=False) as cluster, application(cluster) as spark:
+    with loopback_cluster(CLUSTERS, S3Settings()) as cluster, application(cluster) as spark:
         job = _job(folder, spark, cluster, "http://127.0.0.1:1")
         _fill(job, spark, folders)
         with stand_in(folders) as endpoint:

@@ -19,7 +19,8 @@ from pipeline.errors import DeliverableError, OutputTakenError, StateError
 from pipeline.present.browser import MILLISECONDS, chromium
 from pipeline.present.deliverables import NOTEBOOK, build_deliverables
 from pipeline.present.slides import build_presentation
-from pipeline.storage import Address, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address
 from tests.conftest import run_fruits
 
 NAME = "dupont_marie"

@@ -30,7 +30,8 @@ from pipeline.engine.java import QUICK_START
 from pipeline.errors import FruitsError
 from pipeline.local import seaweed
 from pipeline.local.given import open_images, weights_file
-from pipeline.storage import Address, BucketStore, FolderStore, S3Settings, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, BucketStore, FolderStore, open_store
 from pipeline.upload import upload
 from tests.hosts import snapshots
 from tests.hosts.commands import HostsError, prepare_machine, say

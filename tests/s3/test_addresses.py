@@ -16,10 +16,11 @@ from pipeline.errors import NoImagesError, StorageError
 from pipeline.listing.images import list_images
 from pipeline.local.loopback import Loopback
 from pipeline.local.ports import free_ports
-from pipeline.pages import pages_of
 from pipeline.quarantine import BadImageError
 from pipeline.reading import ImageReader
-from pipeline.storage import Address, BucketStore, S3Settings, open_store
+from pipeline.s3.access import S3Settings
+from pipeline.s3.pages import pages_of
+from pipeline.storage import Address, BucketStore, open_store
 from pipeline.upload import upload
 from tests.corpus import encoded, good_images, picture
 

@@ -14,7 +14,8 @@ from pipeline.features import Progress
 from pipeline.job import Job
 from pipeline.networks.model import Model
 from pipeline.record import Counts, PCAOptions
-from pipeline.storage import Address, BucketStore, FolderStore, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, BucketStore, FolderStore
 from pipeline.upload import upload
 from tests.s3_proxy import Behaviour, s3_proxy
 

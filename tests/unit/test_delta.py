@@ -11,7 +11,8 @@ import pytest
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 
 from pipeline.errors import StateError
-from pipeline.storage import Address, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address
 from pipeline.table.delta import UPKEEP, Change, Delta, File, Snapshot, StaleSnapshotError
 from pipeline.table.parts import Parts
 

@@ -16,7 +16,8 @@ from pipeline.local.demo import check_target, copy_result
 from pipeline.local.given import choose_weights, open_images, weights_file
 from pipeline.local.sample import VARIETIES
 from pipeline.networks.catalogue import NETWORKS
-from pipeline.storage import Address, FolderStore, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, FolderStore
 from pipeline.versions import RESULT
 from tests.records import run_of
 

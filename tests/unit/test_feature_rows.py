@@ -32,7 +32,8 @@ from pipeline.pca import Moments, feature_matrix
 from pipeline.plan import TODO, Plan, Touched, WritePlan, check_removals, cut_into
 from pipeline.quarantine import DECODE, READ, BadImageError, Reason
 from pipeline.reading import GETS_AT_ONCE, ImageReader, read_ahead, read_listed
-from pipeline.storage import Address, FolderStore, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, FolderStore
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import (
     DECODER,

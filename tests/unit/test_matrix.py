@@ -14,7 +14,8 @@ import pytest
 
 from pipeline.pca import PCA, Moments
 from pipeline.result.matrix import Project, explained_variance_csv, to_csv
-from pipeline.storage import Address, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address
 from pipeline.table.parts import Parts
 
 ROWS = np.random.default_rng(3).normal(size=(30, 5)) * [5, 4, 3, 2, 1]

@@ -14,7 +14,7 @@ from botocore.session import get_session
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.pages import Page, pages_of, parse_page
+from pipeline.s3.pages import Page, pages_of, parse_page
 
 HEAD = '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
 LISTING = get_session().get_service_model("s3").operation_model("ListObjectsV2").output_shape

@@ -15,11 +15,12 @@ import pytest
 from pipeline.errors import StorageError, UnreadableError
 from pipeline.failures import MOST, ReadFailures
 from pipeline.listing.inventory import _archive_of
-from pipeline.pages import parse_page
 from pipeline.quarantine import READ, Again, BadImageError, Reason, left_alone, word_of
 from pipeline.reading import ImageReader
-from pipeline.s3_codes import REMEDIES, answer_in, reason_of
-from pipeline.storage import Address, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.s3.codes import REMEDIES, answer_in, reason_of
+from pipeline.s3.pages import parse_page
+from pipeline.storage import Address
 from pipeline.table.feature_table import WRITTEN
 from pipeline.task import Reads
 from tests.conftest import PROJECT

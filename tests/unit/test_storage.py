@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from pipeline.errors import StorageError
 from pipeline.quarantine import BadImageError
 from pipeline.reading import ImageReader
-from pipeline.storage import (
-    Address,
-    BucketStore,
-    FolderStore,
-    S3Settings,
-    _neighbours,
-    open_store,
-)
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, BucketStore, FolderStore, _neighbours, open_store
 
 ODD_NAMES = [
     "with space.jpg", "accents éàü.jpg", "100%.jpg", "%41.jpg", "no#1.jpg", "a+b.jpg", "10:30.jpg",

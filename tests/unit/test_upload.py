@@ -30,7 +30,7 @@ def target(tmp_path: Path) -> FolderStore:
 
 def test_every_file_arrives_under_its_own_name(source: FolderStore, target: FolderStore) -> None:
     done = upload(source, target)
-    assert done == Uploaded(len(NAMES), 0, sum(len(name.encode()) for name in NAMES))
+    assert done == Uploaded(len(NAMES), 0, sum(len(name.encode()) for name in NAMES), {})
     found = {entry.key: target.read(entry.key) for entry in target.list()}
     assert found == {name: name.encode() for name in NAMES}
 
@@ -39,7 +39,7 @@ def test_a_second_upload_sends_only_what_is_missing_longer_or_newer(
     source: FolderStore, target: FolderStore
 ) -> None:
     upload(source, target)
-    assert upload(source, target) == Uploaded(0, len(NAMES), 0)
+    assert upload(source, target) == Uploaded(0, len(NAMES), 0, {})
 
     target.delete("Kiwi/1.jpg")
     source.write("Kiwi/2.jpg", b"changed and longer")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StateError, StorageError
-from pipeline.storage import Address, FolderStore, S3Settings
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, FolderStore
 from pipeline.versions import (
     RESULT,
     all_versions,

@@ -25,6 +25,7 @@ REMEDIES = {
     "AuthFailure": "the credentials are wrong; check them",
     "401": "the credentials are wrong; check them",
     "NoCredentials": "no credentials were found; give this host a role, or name keys",
+    "CredentialsGone": "your own credentials have ended; log in anew",
     "InvalidTokenId": _TOKEN,
     "IncorrectEndpoint": _REGION,
     "NoSuchAccessPoint": "there is no such access point; check its name",
@@ -72,6 +73,7 @@ _BUSY = re.compile("RequestTimeout|OperationAborted|SlowDown|Throttl|TooManyRequ
 _BUSY_STATUS = {"407", "408", "409", "425", "429"}
 # Where hosts and containers ask for credentials, before they ask S3.
 _CREDENTIALS = re.compile(r"//169\.254\.|//\[fd00:ec2|/latest/meta-data|/v2/credentials")
+DESK = "/credentials-of-this-user"  # where pipeline.s3.desk gives them
 ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")  # storage classes that give nothing without a restore
 
 
@@ -98,6 +100,8 @@ def answer_in(text: str) -> tuple[str, str] | None:
     told, _, _ = text.partition("\nDebug source")
     if "redirect without LOCATION" in told:
         return "PermanentRedirect", "a redirect without an address"
+    if DESK in told:
+        return "CredentialsGone", ""
     if _CREDENTIALS.search(told):
         return "NoCredentials", ""
     status = re.search(r"performing GET .* status code: (4\d\d)", told)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
 
 import boto3
+from botocore.credentials import CredentialResolver
 from botocore.handlers import _handle_200_error
 from botocore.parsers import (
     PROTOCOL_PARSERS,
@@ -24,7 +25,7 @@ from botocore.parsers import (
 )
 from botocore.session import get_session
 
-from pipeline.s3_codes import ARCHIVES
+from pipeline.s3.codes import ARCHIVES
 
 PREFIXES_AT_ONCE = 16
 LEVELS = 3  # of folders that are looked through for prefixes to list side by side
@@ -122,9 +123,17 @@ class _ParserFactory(ResponseParserFactory):  # type: ignore[misc]
         return parser(**self._defaults)
 
 
-def client(**options: Any) -> Any:
-    """Return boto3's S3 client whose `list_objects_v2` answers with a `Page`, under that name."""
+def client(provider: Any = None, **options: Any) -> Any:
+    """Return boto3's S3 client whose `list_objects_v2` answers with a `Page`, under that name.
+
+    Parameters
+    ----------
+    provider
+        Of botocore's kind; None goes through all of boto3's chain.
+    """
     session = get_session()
+    if provider is not None:
+        session.register_component("credential_provider", CredentialResolver([provider]))
     session.register_component("response_parser_factory", _ParserFactory())
     s3 = boto3.Session(botocore_session=session).client("s3", **options)
     # botocore parses each answer of 200 once before, as it may be an error all the same.
