@@ -9,6 +9,17 @@ export UV_SYSTEM_CERTS ?= 1
 # Where this is set, each process compiles what it imports anew: TensorFlow then takes 27 s, not 7.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Who has no home, or one that cannot be written to (a container's user), has it here.
+ifneq ($(shell [ -d "$$HOME" ] && [ -w "$$HOME" ] && echo yes),yes)
+export HOME := $(CURDIR)/.fruits/home
+$(shell mkdir -p "$(CURDIR)/.fruits/home")
+endif
+
+# Ansible, and Java for names of files, want UTF-8.
+ifneq ($(shell locale charmap 2>/dev/null),UTF-8)
+export LC_ALL := C.UTF-8
+endif
+
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 

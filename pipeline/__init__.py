@@ -1,5 +1,6 @@
 """Fruits!: from fruit photos on S3 to a PCA matrix, on a Spark cluster of your own."""
 
+import locale
 import os
 import sys
 from pathlib import Path
@@ -38,5 +39,16 @@ def _reach_this_host_directly() -> None:
         os.environ[name] = ",".join(dict.fromkeys([*named, *DIRECT]))
 
 
+def _name_files_in_utf8() -> None:
+    """Give the Java that is started from here UTF-8 for the names of files.
+
+    Python takes it by itself where the locale is C, or one that is not installed; Java then cannot
+    open what has an accent in its path.
+    """
+    if locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["LC_ALL"] = "C.UTF-8"
+
+
 _leave_out_other_sparks()
+_name_files_in_utf8()
 _reach_this_host_directly()

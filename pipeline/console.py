@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -154,6 +155,12 @@ def explain(error: BaseException) -> str:
     """Return the cause of an error that Spark or the system raised, and a remedy, in one line."""
     text = str(error)
     if "No space left on device" in text or "There is not enough space" in text:
+        if isinstance(error, OSError):
+            where = error.filename or tempfile.gettempdir()
+            return (
+                f"no space left on this machine's disk, at {where}. Free some, or name another "
+                "folder in TMPDIR, then run again to continue."
+            )
         return "no space left on a disk of the cluster. Free some, then run again to continue."
     if "/table/" in text and "NotFoundError" in text:
         return (

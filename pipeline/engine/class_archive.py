@@ -74,9 +74,9 @@ def class_path(s3a_jars: str) -> str:
     return f"{s3a_jars}:{spark_home()}/jars/*"
 
 
-def java_options(archive: Path) -> str:
+def java_options(archive: Path) -> list[str]:
     """Return the options with which Java uses an archive, if it fits."""
-    return f"-XX:SharedArchiveFile={archive} -Xlog:disable"
+    return [f"-XX:SharedArchiveFile={archive}", "-Xlog:disable"]
 
 
 def make(archive: Path, s3a_jars: str) -> bool:

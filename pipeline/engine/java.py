@@ -11,12 +11,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 OLDEST_JAVA = 17  # Spark 4's minimum
 
 # For processes that end soon: the second compiler and a collector of many threads do not pay there.
 QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+
+def one_line(options: Iterable[str]) -> str:
+    """Write options for Java as Spark reads them: in quotes, as a path may have spaces in it."""
+    return " ".join(
+        '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"' for option in options
+    )
 
 
 class JavaNotFoundError(ValueError):

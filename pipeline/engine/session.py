@@ -8,6 +8,7 @@ starts, it reads here.
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import sys
 import threading
@@ -37,6 +38,24 @@ def read_settings_of(file: Path) -> dict[str, str]:
     return {pair[0]: pair[1] if len(pair) == 2 else "" for pair in pairs}
 
 
+def check_user() -> None:
+    """Make sure that the user has a name, without which Hadoop starts nothing.
+
+    Raises
+    ------
+    ClusterError
+        When the system knows none for the user's number, as in many a container.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        raise ClusterError(
+            f"expected a user with a name, as Spark's Hadoop needs one, found number {os.getuid()} "
+            "without. Add it to /etc/passwd, run as another user, or under `unshare "
+            "--map-root-user`."
+        ) from None
+
+
 def make_session(
     name: str,
     master: str | None = None,
@@ -61,6 +80,7 @@ def make_session(
     ClusterError
         When no master is known.
     """
+    check_user()
     known = read_settings()
     master = master or known.get("spark.master")
     if master is None:

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 from pipeline.cluster.master import registered_workers
 from pipeline.engine import class_archive
 from pipeline.engine.jars import fetch, spark_home
-from pipeline.engine.java import QUICK_START, find_java_home
-from pipeline.engine.session import COMMON_SETTINGS
+from pipeline.engine.java import QUICK_START, find_java_home, one_line
+from pipeline.engine.session import COMMON_SETTINGS, check_user
 from pipeline.errors import ClusterError
 from pipeline.local import seaweed
 from pipeline.local.environment import environment_of, without_aws
@@ -69,6 +69,7 @@ def loopback_cluster(base: Path, s3: S3Settings | None = None) -> Iterator[Loopb
     ClusterError
         When a server does not come up; the message ends with its log.
     """
+    check_user()
     with ExitStack() as stack:
         folder = stack.enter_context(_private_folder(base))
         stack.enter_context(environment_of(_spark_environment(folder), with_s3=s3 is None))
@@ -213,7 +214,8 @@ def _all_workers(master: _Master) -> list[Any]:
 def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
     conf.mkdir(mode=0o700)
     scratch = conf.parent / "scratch"
-    jars = _class_path()
+    scratch.mkdir(mode=0o700)
+    jars, java = _class_path(), one_line([*_java_options(scratch), *s3.for_java()])
     here: dict[str, object] = {
         "spark.master": master.url,
         "spark.fruits.home": HOME,
@@ -224,8 +226,8 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
         "spark.driver.host": HOST,
         "spark.driver.bindAddress": HOST,
         "spark.driver.memory": "1g",
-        "spark.driver.defaultJavaOptions": f"{_java_options()} {s3.for_java()}",
-        "spark.executor.defaultJavaOptions": f"{_java_options()} {s3.for_java()}",
+        "spark.driver.defaultJavaOptions": java,
+        "spark.executor.defaultJavaOptions": java,
         "spark.executor.memory": EXECUTOR_MEMORY,
         "spark.local.dir": scratch,
         "spark.sql.warehouse.dir": scratch / "warehouse",
@@ -241,14 +243,15 @@ def _write_settings(conf: Path, s3: S3Settings, master: _Master) -> None:
 
 
 def _spark_environment(folder: Path) -> dict[str, str]:
+    scratch = folder / "scratch"
     return {
         "SPARK_CONF_DIR": str(folder / "conf"),
         "SPARK_HOME": str(spark_home()),
         "SPARK_LOCAL_IP": HOST,
-        "SPARK_LOCAL_DIRS": str(folder / "scratch"),
+        "SPARK_LOCAL_DIRS": str(scratch),
         "SPARK_DAEMON_MEMORY": "512m",
         "SPARK_DAEMON_CLASSPATH": _class_path(),
-        "SPARK_DAEMON_JAVA_OPTS": f"{_java_options()} -Dfruits.log.level=info",
+        "SPARK_DAEMON_JAVA_OPTS": one_line([*_java_options(scratch), "-Dfruits.log.level=info"]),
         "JAVA_HOME": str(find_java_home()),
     }
 
@@ -257,9 +260,9 @@ def _class_path() -> str:
     return class_archive.class_path(":".join(map(str, fetch())))
 
 
-def _java_options() -> str:
-    # On a small machine, half of the wait is six JVMs compiling code that runs once.
+def _java_options(scratch: Path) -> list[str]:
+    # On a small machine, half of the wait is six JVMs compiling code that runs once. Libraries of
+    # Java's put parts of theirs with its temporary files; from /tmp not every system runs them.
     archive = class_archive.default_file()
-    if not archive.exists():
-        return QUICK_START
-    return f"{QUICK_START} {class_archive.java_options(archive)}"
+    ready = class_archive.java_options(archive) if archive.exists() else []
+    return [*QUICK_START.split(), f"-Djava.io.tmpdir={scratch}", *ready]

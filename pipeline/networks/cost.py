@@ -21,7 +21,8 @@ MAX_SCAN_PIXELS = 2_000_000_000  # a progressive JPEG's pixels times its scans: 
 _OF_MODE = {"1": 2, "L": 1, "P": 5, "RGB": 4, "YCbCr": 8, "I;16": 7, "I;16B": 7, "I": 9, "F": 4}
 _OTHER_MODE = 8  # RGBA, LA, CMYK and others
 _OF_WEBP, _OF_LARGE_WEBP = 27, 16  # Pillow keeps both canvases of an animation
-_OF_AVIF = 10
+_OF_PLAIN_WEBP = 5  # decoded by itself, in the form that Pillow takes as it is
+_OF_AVIF, _OF_HEIF = 10, 8
 _COEFFICIENT = 2
 
 
@@ -49,11 +50,21 @@ def check_cost(image: Image.Image, content: bytes, size: int) -> None:
         )
 
 
+def is_large_webp(image: Image.Image) -> bool:
+    """Tell whether an image is decoded by another decoder than Pillow's, which takes less."""
+    is_one = not getattr(image, "is_animated", False)
+    return image.format == "WEBP" and is_one and image.width * image.height > WHOLE_PIXELS
+
+
 def _memory(image: Image.Image, size: int) -> int:
     pixels = image.width * image.height
     of_pixel = _OF_MODE.get(image.mode, _OTHER_MODE)
     if image.format == "WEBP":
+        if is_large_webp(image):
+            return pixels * _OF_PLAIN_WEBP
         return pixels * (_OF_WEBP if pixels <= WHOLE_PIXELS else _OF_LARGE_WEBP)
+    if image.format == "HEIF":
+        return pixels * _OF_HEIF
     if image.format == "AVIF":
         return pixels * _OF_AVIF
     if isinstance(image, JpegImagePlugin.JpegImageFile):

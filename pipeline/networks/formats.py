@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # as Pillow names them
+import zlib
+
+# As Pillow names them; HEIF is what iPhones' HEIC is one of.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 
 _BEGINNINGS = {
     b"\xff\xd8\xff": "JPEG",
@@ -24,12 +27,13 @@ _BEGINNINGS = {
     b"\x1f\x8b": "a gzip archive",
 }
 _BRANDS = {
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "HEIF"),
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"isom", b"mp41", b"mp42", b"qt  ", b"M4V "), "a video"),
     b"crx ": "a camera's raw file",
 }
 LARGE_CHUNK = 64 << 10  # bytes of text
+LARGE_PROFILE = 1 << 20  # bytes of colours' profile, unpacked: Pillow refuses a PNG with more
 
 
 def recognised(content: bytes) -> str | None:
@@ -66,7 +70,17 @@ def without_metadata(content: bytes) -> bytes:
 
 def _is_left_out(kind: bytes, beginning: bytes, length: int) -> bool:
     """Tell what may be larger than it looks, or is; small texts stay: XMP says what is up."""
+    if kind == b"iCCP":
+        return length > LARGE_CHUNK or _unpacks_to_much(beginning.partition(b"\0")[2][1:])
     if kind == b"iTXt":
         _, _, flags = beginning.partition(b"\0")
         return length > LARGE_CHUNK or flags[:1] == b"\1"
-    return kind in (b"iCCP", b"zTXt") or (kind == b"tEXt" and length > LARGE_CHUNK)
+    return kind == b"zTXt" or (kind == b"tEXt" and length > LARGE_CHUNK)
+
+
+def _unpacks_to_much(packed: bytes) -> bool:
+    """Tell whether a stream is large once it is unpacked, or none."""
+    try:
+        return len(zlib.decompressobj().decompress(packed, LARGE_PROFILE)) >= LARGE_PROFILE
+    except zlib.error:
+        return True

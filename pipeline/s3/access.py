@@ -103,7 +103,7 @@ class S3Settings:
             named |= {"access.key": self.access_key, "secret.key": self.secret_key}
         return {S3A + name: value for name, value in named.items() if value is not None}
 
-    def for_java(self) -> str:
+    def for_java(self) -> list[str]:
         """Return the options with which a JVM finds the desk and whom to trust, none a secret."""
         options = []
         if self.desk:
@@ -116,7 +116,7 @@ class S3Settings:
                 f"-Djavax.net.ssl.trustStore={self.trust_store}",
                 "-Djavax.net.ssl.trustStorePassword=",
             ]
-        return " ".join(options)
+        return options
 
 
 def settings_here(settings: Mapping[str, str]) -> S3Settings:

@@ -41,7 +41,7 @@ from pipeline.table.parts import Parts, for_each, picked
 ROWS_PER_FILE = 4096  # 21 MB at 1,280 features
 
 # What turned bytes into features: a row that another version made is told by it.
-DECODER = f"pillow {version('pillow')}"
+DECODER = f"pillow {version('pillow')} srgb"
 RUNTIME = f"ai-edge-litert {version('ai-edge-litert')}"
 
 TABLE = pa.schema(

@@ -36,7 +36,7 @@ def test_java_starts_without_one_that_does_not_fit_and_says_nothing(tmp_path: Pa
     damaged = tmp_path / "classes.jsa"
     damaged.write_bytes(b"no archive")
     for archive in (damaged, tmp_path / "none"):
-        run = java(*java_options(archive).split())
+        run = java(*java_options(archive))
         assert run.returncode == 0
         assert run.stdout == ""
         assert "archive" not in run.stderr

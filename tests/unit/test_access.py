@@ -91,7 +91,7 @@ def test_credentials_that_end_are_given_at_the_desk_to_who_has_its_word(
     token_file = Path(found.desk.token_file)
     assert token_file.stat().st_mode & 0o077 == 0
     word = token_file.read_text()
-    assert word not in found.for_java()
+    assert word not in str(found.for_java())
     assert found.for_spark()["spark.hadoop.fs.s3a.aws.credentials.provider"] == CONTAINER
 
     def ask(authorization: str) -> dict[str, str]:

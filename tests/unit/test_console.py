@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,12 @@ def test_a_trace_is_told_by_its_cause_in_one_line(text: str, cause: str) -> None
 def test_a_full_disk_is_told_as_such(words: str) -> None:
     told = explain(RuntimeError(JAVA.replace("Mkdirs failed", words)))
     assert told.startswith("no space left on a disk of the cluster. Free some")
+
+
+def test_a_full_disk_of_this_machine_is_named() -> None:
+    here = explain(OSError(28, "No space left on device"))
+    assert f"this machine's disk, at {tempfile.gettempdir()}." in here
+    assert "at /mnt/output." in explain(OSError(28, "No space left on device", "/mnt/output"))
 
 
 def test_a_long_cause_is_cut() -> None:

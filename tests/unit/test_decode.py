@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
@@ -211,6 +211,8 @@ def test_a_long_thin_photo_is_decoded() -> None:
         ("PNG", "1", {}, 4),
         ("TIFF", "RGB", {"compression": "tiff_lzw"}, 1),
         ("WEBP", "RGB", {"quality": 90, "method": 0}, 3),
+        ("WEBP", "RGBA", {"quality": 90, "method": 0}, 3),
+        ("HEIF", "RGB", {"quality": 90}, 4),
         ("BMP", "RGB", {}, 1),
     ],
 )
@@ -225,14 +227,95 @@ def test_a_phones_photo_of_any_format_looks_the_same(
     exif = Image.Exif()
     exif[ORIENTATION] = 3
     turned = photo.transpose(Image.Transpose.ROTATE_180).convert(mode)
-    more = options if kind == "BMP" else {**options, "exif": exif}
-    expected = photo.transpose(Image.Transpose.ROTATE_180) if kind == "BMP" else photo
+    tells = kind not in ("BMP", "HEIF")  # which way is up
+    more = {**options, "exif": exif} if tells else options
+    expected = photo if tells else photo.transpose(Image.Transpose.ROTATE_180)
     expected = expected.convert("L") if mode == "1" else expected
     assert_shows(encoded(turned, kind, **more), upright(expected), within)
 
 
 def test_avif_is_an_image() -> None:
     assert_shows(encoded(picture(), "AVIF", quality=95), upright(), within=4)
+
+
+# Display P3 with the curve of sRGB, as iPhones have it (ICC.1:2010: version 2, matrix and curve).
+PRIMARIES = {
+    "Display P3": [(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)],
+    "sRGB": [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)],
+}
+
+
+def profile_of(space: str) -> bytes:
+    """Write an ICC profile of a colour space."""
+    fixed = lambda *values: b"".join(struct.pack(">i", round(65536 * value)) for value in values)  # noqa: E731
+    codes = np.linspace(0, 1, 256)
+    linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
+    curve = b"curv" + bytes(4) + struct.pack(">I256H", 256, *np.rint(65535 * linear).astype(int))
+    name = space.encode() + b"\0"
+    told = b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78)
+    white = b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)
+    tags = {b"desc": told, b"wtpt": white, b"cprt": b"text" + bytes(4) + b"none\0"}
+    for letter, values in zip(b"rgb", PRIMARIES[space], strict=True):
+        tags[bytes([letter]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*values)
+        tags[bytes([letter]) + b"TRC"] = curve
+    place, table, bodies = 128 + 4 + 12 * len(tags), b"", b""
+    for tag, body in tags.items():
+        padded = body + bytes(-len(body) % 4)
+        table += tag + struct.pack(">II", place + len(bodies), len(body))
+        bodies += padded
+    header = struct.pack(
+        ">I4sI4s4s4s", place + len(bodies), b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ "
+    )
+    header += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return header + bytes(128 - len(header)) + struct.pack(">I", len(tags)) + table + bodies
+
+
+def in_display_p3(image: Image.Image) -> Image.Image:
+    """Write an image's colours as Display P3 has them (the same curve, wider primaries)."""
+    to_d50 = {space: np.array(rows).T for space, rows in PRIMARIES.items()}
+    codes = np.asarray(image) / 255
+    linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
+    wide = np.clip(linear @ (np.linalg.inv(to_d50["Display P3"]) @ to_d50["sRGB"]).T, 0, 1)
+    curved = np.where(wide <= 0.0031308, 12.92 * wide, 1.055 * wide ** (1 / 2.4) - 0.055)
+    return Image.fromarray(np.rint(255 * curved).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("HEIF", {"quality": 95, "chroma": 444}),
+    ],
+)
+def test_colours_of_a_wider_profile_are_those_that_were_seen(
+    kind: str, options: dict[str, object]
+) -> None:
+    photo = picture(2 * SIZE, 2 * SIZE)
+    wide = in_display_p3(photo)
+    told = encoded(wide, kind, icc_profile=profile_of("Display P3"), **options)
+    assert np.abs(decode(told, SIZE).astype(int) - upright(photo)).mean() < 1.5
+    untold = encoded(wide, kind, **options)
+    assert np.abs(decode(untold, SIZE).astype(int) - upright(photo)).mean() > 3
+    of_screens = encoded(photo, kind, icc_profile=profile_of("sRGB"), **options)
+    np.testing.assert_array_equal(
+        decode(of_screens, SIZE), decode(encoded(photo, kind, **options), SIZE)
+    )
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"x", bytes(200), profile_of("Display P3")[:300], profile_of("Display P3") + bytes(2_000_000)],
+    ids=["none", "zeros", "cut", "large"],
+)
+def test_a_profile_that_is_none_does_not_cost_the_picture(profile: bytes) -> None:
+    photo = picture()
+    told = encoded(photo, "JPEG", quality=95, icc_profile=profile)
+    np.testing.assert_array_equal(
+        decode(told, SIZE), decode(encoded(photo, "JPEG", quality=95), SIZE)
+    )
 
 
 def test_metadata_never_costs_the_picture() -> None:
@@ -288,6 +371,22 @@ except BadImageError as error:
 # --- bad images ------------------------------------------------------------------------------
 
 
+def planar_tiff(bits: int) -> bytes:
+    """Write 4 x 4 pixels whose colours lie in planes."""
+    size = 16 * bits // 8
+    tags = [
+        (256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 3, 170), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 3, 176), (277, 3, 1, 3), (278, 3, 1, 4), (279, 4, 3, 188), (284, 3, 1, 2),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    head += bytes(170 - len(head)) + struct.pack("<3H", bits, bits, bits)
+    head += struct.pack("<3I", *(200 + size * plane for plane in range(3)))
+    head += struct.pack("<3I", size, size, size)
+    planes = (np.full(16, value, f"<u{bits // 8}").tobytes() for value in (250, 100, 20))
+    return head + b"".join(planes)
+
+
 def reason(content: bytes) -> str:
     with pytest.raises(BadImageError) as refused:
         decode(content, SIZE)
@@ -302,7 +401,10 @@ def reason(content: bytes) -> str:
         (bytes(5000), "not an image: begins with b'\\x00"),
         (b"%PDF-1.7\n", "unsupported: PDF; convert it"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unsupported: SVG; convert it"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "unsupported: HEIC; convert it"),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200),
+            "damaged: HEIF: its header cannot be read",
+        ),
         (b"\0\0\0\x20ftypisom" + bytes(200), "unsupported: a video"),
         (b"\x89PNG\r\n\x1a\n" + bytes(200), "damaged: PNG: its header cannot be read"),
         (b"RIFF\0\0\0\0WEBP" + bytes(200), "damaged: WEBP"),
@@ -310,6 +412,7 @@ def reason(content: bytes) -> str:
         (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "32-bit float pixels"),
         (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "32-bit integer pixels"),
         (encoded(Image.new("I", (4, 4), -1), "TIFF"), "32-bit integer pixels"),
+        (planar_tiff(16), "unsupported: TIFF with its colours in planes of 16 bits"),
         (bmp(8000, 8000), "damaged: BMP: "),
         (bmp(12_000, 12_000), "BMP, 12000 x 12000 pixels would take 576 MB, more than 400"),
     ],
@@ -386,6 +489,11 @@ def test_a_bomb_is_refused_at_once_and_takes_no_memory(content: bytes) -> None:
     assert int(megabytes) < 20
 
 
+def animation(width: int, height: int) -> bytes:
+    frames = [Image.new("RGB", (width, height), grey) for grey in (90, 180)]
+    return encoded(frames[0], "WEBP", quality=1, method=0, save_all=True, append_images=frames[1:])
+
+
 def camera_file(kind: str, mode: str, width: int, height: int, **options: object) -> bytes:
     return encoded(Image.new(mode, (width, height), 90), kind, **options)
 
@@ -398,6 +506,9 @@ def camera_file(kind: str, mode: str, width: int, height: int, **options: object
         ("TIFF", "RGB", {"compression": "tiff_lzw"}),
         ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
         ("MPO", "RGB", {}),
+        ("WEBP", "RGB", {"quality": 10, "method": 0}),
+        ("WEBP", "RGBA", {"quality": 10, "method": 0}),
+        ("HEIF", "RGB", {"quality": 10, "preset": "ultrafast"}),
     ],
 )
 def test_a_photo_of_48_million_pixels_takes_no_more_than_one_may(
@@ -419,7 +530,7 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
         "too much memory: JPEG, 12000 x 9000 pixels would take ",
     ),
     "two canvases": (
-        lambda: camera_file("WEBP", "RGB", 8000, 6000, quality=10, method=0),
+        lambda: animation(8000, 6000),
         "too much memory: WEBP, 8000 x 6000 pixels would take ",
     ),
     "many scans": (
@@ -462,14 +573,39 @@ def test_any_bytes_give_pixels_or_a_reason(content: bytes, beginning: bytes) -> 
         assert pixels.shape == (SIZE, SIZE, 3)
 
 
-SMALL = [encoded(picture(9, 7), kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
+SMALL = [
+    *(
+        encoded(picture(9, 7), kind)
+        for kind in ("PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "MPO")
+    ),
+    encoded(picture(32, 24), "HEIF", icc_profile=profile_of("Display P3")),
+    encoded(picture(9, 7), "JPEG", icc_profile=profile_of("Display P3")),
+    encoded(picture(40, 30), "JPEG", progressive=True, comment=b"a comment"),
+    encoded(picture(9, 7).convert("P"), "PNG", transparency=3),
+    encoded(picture(9, 7).convert("RGBA"), "WEBP", lossless=True, exif=Image.Exif().tobytes()),
+    encoded(picture(9, 7), "TIFF", compression="tiff_lzw", icc_profile=profile_of("Display P3")),
+    encoded(picture(9, 7).convert("CMYK"), "TIFF"),
+]
+ODD = st.sampled_from([0, 1, 0x7F, 0x80, 0xFE, 0xFF]) | st.integers(0, 255)
 
 
+@settings(max_examples=10 * settings.default.max_examples)  # half a minute; `make soak` more
 @given(st.sampled_from(SMALL), st.data())
 def test_damage_anywhere_gives_pixels_or_a_reason(whole: bytes, data: st.DataObject) -> None:
     content = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        match data.draw(st.sampled_from(["byte", "number", "cut out", "again"])):
+            case "byte":
+                content[place] = data.draw(ODD)
+            case "number":
+                content[place : place + 4] = data.draw(st.binary(min_size=4, max_size=4))
+            case "cut out":
+                del content[place : place + data.draw(st.integers(1, 64))]
+            case "again":
+                content[place:place] = content[place : place + data.draw(st.integers(1, 64))]
+        if not content:
+            return
     try:
         pixels = decode(bytes(content), SIZE)
     except BadImageError as error:

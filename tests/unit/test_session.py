@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.engine.java import one_line
 from pipeline.engine.session import COMMON_SETTINGS, _standard_error_to, make_session, read_settings
 from pipeline.errors import ClusterError
 
@@ -86,3 +88,31 @@ def test_what_a_child_says_goes_to_the_log_and_ours_to_the_terminal(
     os.write(2, b"ours")
     assert (tmp_path / "log").read_text() == "of the child"
     assert capfd.readouterr().err == "ours"
+
+
+def test_a_user_without_a_name_is_told_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
+    with pytest.raises(ClusterError, match=r"user with a name.*number 4000000001.*/etc/passwd"):
+        make_session("nobody", "spark://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("locale", "given"),
+    [("C.UTF-8", "C.UTF-8"), ("C", "C.UTF-8"), ("xx_XX.UTF-8", "C.UTF-8")],
+)
+def test_java_is_given_utf8_for_the_names_of_files(locale: str, given: str) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", "import os, pipeline; print(os.environ['LC_ALL'])"],
+        env=os.environ | {"LC_ALL": locale},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.strip() == given
+
+
+def test_options_for_java_are_read_by_spark_as_they_were_written() -> None:
+    options = ["-Xmx1g", '-Da=/a b/c\'s "d" \\ 100% é', "-XX:+UseSerialGC"]
+    assert shlex.split(one_line(options)) == options
