@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class ImageReader:
 
         def read(key: str) -> tuple[bytes, str]:
             try:
-                with (folder / key).open("rb") as file:
+                with open(folder / key, "rb", opener=_at_once) as file:
                     return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
             except (FileNotFoundError, NotADirectoryError) as error:
                 if not folder.is_dir():
@@ -169,6 +170,16 @@ def _bursts(rows: Sequence[Row]) -> Iterator[list[Row]]:
         burst.append(row)
     if burst:
         yield burst
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open what may have become a pipe since it was listed: to open one waits for who writes."""
+    opened = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(opened).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(opened)
+        raise OSError(errno.ENXIO, "a pipe, a socket or a device, not a file")
+    return opened
 
 
 def _first_line(error: Exception) -> str:

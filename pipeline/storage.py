@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -164,7 +165,7 @@ class FolderStore:
                 key = str(file.relative_to(self.folder))
                 with _readable_os_errors(self.address / key):
                     status = _status(file)
-                if status is None:
+                if status is None or not _is_listed(status):
                     continue
                 yield Entry(
                     _utf8(key, file),
@@ -317,6 +318,11 @@ def _status(file: Path) -> os.stat_result | None:
     with suppress(FileNotFoundError):
         return file.lstat()
     return None
+
+
+def _is_listed(status: os.stat_result) -> bool:
+    """Leave out what is no file and would keep who opens it waiting: pipes, sockets, devices."""
+    return stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
 
 
 def _utf8(key: str, file: Path) -> str:

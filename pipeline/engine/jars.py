@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
@@ -156,7 +158,7 @@ def _resolve(
     (ivy,) = _spark_jars().glob("ivy-*.jar")
     command = [
         str(find_java_home() / "bin" / "java"),
-        *QUICK_START.split(), *_trust_machine_certificates(), "-jar", str(ivy),
+        *QUICK_START.split(), *_trust_machine_certificates(), *_proxies(), "-jar", str(ivy),
         "-settings", str(scratch / "settings.xml"), "-ivy", str(scratch / "ivy.xml"),
         "-cache", str(scratch / "cache"), "-types", "jar",
         "-retrieve", str(scratch / "jars" / "[artifact]-[revision].[ext]"),
@@ -179,6 +181,22 @@ def _trust_machine_certificates() -> list[str]:
     """Let any Java trust what Debian's trusts: a mirror's own authority, for one."""
     store = Path("/etc/ssl/certs/java/cacerts")
     return [f"-Djavax.net.ssl.trustStore={store}"] if store.exists() else []
+
+
+def _proxies() -> list[str]:
+    """Tell Java of the proxies that the environment names, of which it knows nothing by itself.
+
+    "Java Networking and Proxies" in the documentation of Java has the names.
+    """
+    options = []
+    for scheme, address in getproxies().items():
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        if scheme in ("http", "https") and parts.hostname:
+            options.append(f"-D{scheme}.proxyHost={parts.hostname}")
+            options.append(f"-D{scheme}.proxyPort={parts.port or 80}")
+    direct = [name.strip() for name in getproxies().get("no", "").split(",") if name.strip()]
+    hosts = [f"*{name}" if name.startswith(".") else f"{name}|*.{name}" for name in direct]
+    return [*options, f"-Dhttp.nonProxyHosts={'|'.join(hosts)}"] if options and hosts else options
 
 
 def lock(file: Path = LOCK_FILE) -> None:

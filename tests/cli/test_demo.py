@@ -23,6 +23,21 @@ from tests.waiting import eventually
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "FRUITS_WEIGHTS": "", "FRUITS_IMAGES": ""}
 
 
+# What a laptop may have of other installations, and of its user's own work; none of it is there.
+OF_THE_USER = {
+    "AWS_ACCESS_KEY_ID": "ASIAUSER", "AWS_SECRET_ACCESS_KEY": "x", "AWS_SESSION_TOKEN": "x",
+    "AWS_PROFILE": "work", "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "nowhere",
+    "AWS_CA_BUNDLE": "/nope", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported",
+    "SPARK_HOME": "/opt/spark", "SPARK_CONF_DIR": "/opt/spark/conf", "SPARK_LOCAL_DIRS": "/nope",
+    "SPARK_MASTER_HOST": "10.0.0.1", "PYSPARK_SUBMIT_ARGS": "--master yarn", "MASTER": "yarn",
+    "PYSPARK_PYTHON": "python2", "HADOOP_HOME": "/nope", "HADOOP_CONF_DIR": "/nope",
+    "CLASSPATH": "/nope", "JAVA_TOOL_OPTIONS": "-Xmx20m", "JDK_JAVA_OPTIONS": "-Xmx20m",
+    "HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9",
+    "PYTHONSTARTUP": "/nope", "LC_ALL": "C",
+}  # fmt: skip
+
+
 def heed_interrupts() -> None:
     """Undo what nohup and background shells do: a child ignores the signals its parent ignores."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -44,7 +59,7 @@ def assert_nothing_is_left(folder: Path) -> None:
 def test_real_photos_and_weights_give_a_matrix_that_tells_varieties_apart(
     fruits: Fruits, real_images: Path, real_weights: Path, tmp_path: Path
 ) -> None:
-    done = fruits("demo", "--images", real_images, "--weights", real_weights)
+    done = fruits("demo", "--images", real_images, "--weights", real_weights, **OF_THE_USER)
     assert done.returncode == 0, done.stderr
     for word in ("600 listed, 0 quarantined", "images/s", "mobilenet_v2", "report.html", "Next:"):
         assert word in done.stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipeline.engine.jars import (
     LOCK_FILE,
     Jar,
     JarError,
+    default_folder,
     fetch,
     hadoop_version,
     read_lock,
@@ -203,3 +206,40 @@ def test_the_jars_of_all_clones_lie_in_the_users_cache(
     assert jars.default_folder() == tmp_path / "fruits" / "jars"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert jars.default_folder() == Path.home() / ".cache/fruits/jars"
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """A proxy that has the jars of this machine's cache, whatever mirror it is asked for."""
+
+    def do_GET(self) -> None:
+        asked.append(self.path)
+        jar = default_folder() / self.path.rpartition("/")[2]
+        content = jar.read_bytes() if jar.is_file() else b""
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+asked: list[str] = []
+
+
+def test_jars_come_through_the_proxy_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    monkeypatch.setenv("DEFAULT_ARTIFACT_REPOSITORY", "http://mirror.invalid/maven")
+    assert len(fetch(tmp_path / "jars")) == len(read_lock())
+    assert asked
+    assert all(path.startswith("http://mirror.invalid/maven/") for path in asked)
+    proxy.shutdown()
+    proxy.server_close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -405,3 +406,16 @@ def test_only_the_last_part_of_a_joined_object_is_small(sizes: list[int]) -> Non
     runs = list(_neighbours(parts))
     assert [part for run in runs for part in run] == parts
     assert all(sum(size for _, size in run) >= 8 << 20 for run in runs[:-1])
+
+
+def test_a_pipe_or_a_socket_among_images_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.jpg"))
+    (tmp_path / "photo.jpg").write_bytes(b"1")
+    store = open_store(Address.parse(str(tmp_path)), S3Settings())
+    assert [entry.key for entry in store.list()] == ["photo.jpg"]
+    read = ImageReader(store.address, S3Settings()).open()
+    for key in ("pipe.jpg", "socket.jpg"):  # which was a photo when it was listed
+        with pytest.raises(BadImageError, match="unreadable"):
+            read(key)
