@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
-DIRECT = ("localhost", "127.0.0.1", "::1", "169.254.169.254")
+DIRECT = ("localhost", "127.0.0.1", "::1", "169.254.169.254", "169.254.170.2", "169.254.170.23")
 
 
 def _leave_out_other_sparks() -> None:
@@ -30,13 +30,14 @@ def _leave_out_other_sparks() -> None:
 
 
 def _reach_this_host_directly() -> None:
-    """Keep what is on this machine, and the service that tells a host its role, from any proxy."""
+    """Keep what is on this machine, and the services that tell a host its role, from any proxy."""
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return
     spellings = ("no_proxy", "NO_PROXY")
     named = [one for name in spellings for one in os.environ.get(name, "").split(",") if one]
+    everything = "*" in (one.strip() for one in named)  # which means that only if it is alone
     for name in spellings:
-        os.environ[name] = ",".join(dict.fromkeys([*named, *DIRECT]))
+        os.environ[name] = "*" if everything else ",".join(dict.fromkeys([*named, *DIRECT]))
 
 
 def _name_files_in_utf8() -> None:

@@ -27,7 +27,7 @@ from pipeline.reading import ImageReader
 from pipeline.record import FORMAT, Counts, Made, PCAOptions, Run
 from pipeline.result.make import Making
 from pipeline.result.overview import quarantine
-from pipeline.s3.access import S3Settings, located
+from pipeline.s3.access import S3Settings
 from pipeline.storage import Address, BucketStore, Store, open_store
 from pipeline.table.delta import Snapshot
 from pipeline.table.feature_table import FeatureTable
@@ -107,9 +107,9 @@ class Job:
     def __post_init__(self) -> None:
         self.journal = Journal(self.observer)
         self.store = open_store(self.output, self.s3)
-        writes, single = located(self.output.bucket, self.s3), self.choices.single_writer
-        self.table = FeatureTable(self.store, self.model, writes, single_writer=single)
-        self.reader = ImageReader(self.images, located(self.images.bucket, self.s3))
+        single = self.choices.single_writer
+        self.table = FeatureTable(self.store, self.model, self.s3, single_writer=single)
+        self.reader = ImageReader(self.images, self.s3)
 
     def run(self) -> Run:
         """Do all of it and return the record that was written.

@@ -1,27 +1,36 @@
 """Takes from a photo what tells of people and places, and leaves its pixels as they are.
 
-Places (GPS), times, cameras, names, comments, previews and a second picture behind the first go;
-how to turn it and its colour profile stay. Nothing is decoded: the picture's own bytes are copied.
+Of each format, what the picture is made of stays, with its colour profile and how to turn it; all
+else goes, known or not: places (GPS), times, cameras, names, comments, previews, a second picture
+behind the first. Nothing is decoded: the picture's own bytes are copied.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from io import BytesIO
 
 from PIL import Image
 
 ORIENTATION = 0x0112  # EXIF's tag
-UPRIGHT = range(1, 9)
-# JPEG (ITU-T T.81, annex B): markers without content, and those that begin and end a picture.
+# JPEG (ITU-T T.81, annex B): frames, tables, restarts; no application's own segments but these.
 _BARE = {0x01, *range(0xD0, 0xD9)}
-_SOI, _SOS, _EOI, _COMMENT = 0xD8, 0xDA, 0xD9, 0xFE
+_OF_JPEG = {*range(0xC0, 0xE0), 0x01}
+_SOI, _SOS, _EOI = 0xD8, 0xDA, 0xD9
 _next_marker = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])").search
-_PROFILE = b"ICC_PROFILE\0"
-# PNG 3rd edition, 11.3: texts, EXIF, the time of the last change.
-_PNG_TELLS = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME"}
-# WebP container: the flags of VP8X that say which of these chunks follow.
-_WEBP_TELLS = {b"EXIF": 0x08, b"XMP ": 0x04}
+_PROFILE, _ADOBE = b"ICC_PROFILE\0", b"Adobe"
+# PNG, third edition, clauses 5.6 and 11: what tells of pixels, colours and frames.
+_OF_PNG = {
+    *(b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"cHRM", b"gAMA", b"iCCP", b"sBIT", b"sRGB"),
+    *(b"cICP", b"mDCV", b"cLLI", b"bKGD", b"hIST", b"pHYs", b"acTL", b"fcTL", b"fdAT"),
+}
+# WebP container specification; the flags of VP8X that say that EXIF and XMP follow.
+_OF_WEBP = {b"VP8X", b"ICCP", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"}
+_TOLD_BY_FLAGS, _EXIF_FLAG = 0x08 | 0x04, 0x08
+# GIF89a: how long a frame is shown, how often all of them are.
+_OF_GIF = (b"NETSCAPE2.0", b"ANIMEXTS1.0")
 
 
 def without_metadata(content: bytes) -> bytes | None:
@@ -30,8 +39,8 @@ def without_metadata(content: bytes) -> bytes | None:
     Returns
     -------
     bytes or None
-        None for a file that this cannot be done to: another format than JPEG, PNG, WebP, GIF and
-        BMP, or one that is damaged.
+        None for a file that this cannot be done to: another format than JPEG, PNG, WebP and GIF,
+        or one that is damaged.
     """
     for beginning, strip in _FORMATS.items():
         if re.match(beginning, content, re.DOTALL):
@@ -42,42 +51,42 @@ def without_metadata(content: bytes) -> bytes | None:
     return None
 
 
-def _exif(orientation: int) -> bytes:
+def _orientation_of(content: bytes) -> int:
+    """Return how a photo is turned, wherever that is told: as who decodes it reads it."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as image:
+            told = int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow has many for EXIF that is none, which turns nothing
+        return 1
+    return told if told in range(1, 9) else 1
+
+
+def _exif_of(content: bytes) -> bytes:
     """Return EXIF that tells how to turn a photo, and no more; empty for one that is upright."""
-    if orientation not in UPRIGHT or orientation == 1:
+    orientation = _orientation_of(content)
+    if orientation == 1:
         return b""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return exif.tobytes()
 
 
-def _orientation_in(exif: bytes) -> int:
-    found = Image.Exif()
-    try:
-        found.load(exif)
-        return int(found.get(ORIENTATION, 1))
-    except Exception:  # Pillow has many for EXIF that is none, which turns nothing
-        return 1
-
-
 def _jpeg(content: bytes) -> bytes:
-    orientation, kept = 1, bytearray()
-    for marker, segment in _segments(content):
-        body = segment[4:]
-        if marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            orientation = _orientation_in(body)
-        if _stays(marker, body):
-            kept += segment
-    exif = _exif(orientation)
+    kept = b"".join(_kept(marker, segment) for marker, segment in _segments(content))
+    exif = _exif_of(content)
     told = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif if exif else b""
-    return b"\xff\xd8" + told + bytes(kept)
+    return b"\xff\xd8" + told + kept
 
 
-def _stays(marker: int, body: bytes) -> bool:
-    if marker == 0xE2:
-        return body.startswith(_PROFILE)
-    is_of_the_picture = marker in (0xE0, 0xEE)  # JFIF; Adobe, which tells how colours are kept
-    return is_of_the_picture or not (0xE0 <= marker <= 0xEF or marker == _COMMENT)
+def _kept(marker: int, segment: bytes) -> bytes:
+    body = segment[4:]
+    if marker == 0xE0 and body.startswith(b"JFIF\0"):  # without its preview
+        return b"\xff\xe0\0\x10" + body[:12] + b"\0\0"
+    if marker == 0xE2 and body.startswith(_PROFILE):
+        return segment
+    if marker == 0xEE and body.startswith(_ADOBE):  # how its colours are kept
+        return b"\xff\xee\0\x0e" + body[:12]
+    return segment if marker in _OF_JPEG else b""
 
 
 def _segments(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -104,21 +113,18 @@ def _segments(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _png(content: bytes) -> bytes:
-    place, orientation = 8, 1
-    head, rest = content[:8], bytearray()
+    place, head, rest = 8, content[:8], bytearray()
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         kind = content[place + 4 : place + 8]
         if kind == b"IHDR":
             head += content[place:end]
-        elif kind not in _PNG_TELLS:
+        elif kind in _OF_PNG:
             rest += content[place:end]
-        elif kind == b"eXIf":
-            orientation = _orientation_in(b"Exif\0\0" + content[place + 8 : end - 4])
         place = end
         if kind == b"IEND":
             break
-    exif = _exif(orientation).removeprefix(b"Exif\0\0")
+    exif = _exif_of(content).removeprefix(b"Exif\0\0")
     return head + (_png_chunk(b"eXIf", exif) if exif else b"") + bytes(rest)
 
 
@@ -129,22 +135,22 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _webp(content: bytes) -> bytes:
-    place, orientation, chunks = 12, 1, list[tuple[bytes, bytes]]()
+    place, chunks = 12, list[tuple[bytes, bytes]]()
     end = min(len(content), 8 + int.from_bytes(content[4:8], "little"))
     while place + 8 <= end:
         kind, length = content[place : place + 4], content[place + 4 : place + 8]
         body = content[place + 8 : place + 8 + int.from_bytes(length, "little")]
-        if kind == b"EXIF":
-            orientation = _orientation_in(body)
-        if kind not in _WEBP_TELLS:
+        if kind in _OF_WEBP:
             chunks.append((kind, body))
         place += 8 + len(body) + len(body) % 2
-    exif = _exif(orientation)
-    if exif:
-        chunks.append((b"EXIF", exif.removeprefix(b"Exif\0\0")))
-    if chunks and chunks[0][0] == b"VP8X":
-        flags = chunks[0][1][0] & ~sum(_WEBP_TELLS.values()) | (_WEBP_TELLS[b"EXIF"] if exif else 0)
+    if not any(kind in (b"VP8 ", b"VP8L", b"ANMF") for kind, _ in chunks):
+        raise ValueError("expected a picture")
+    exif = _exif_of(content)
+    if chunks[0][0] == b"VP8X":
+        flags = chunks[0][1][0] & ~_TOLD_BY_FLAGS | (_EXIF_FLAG if exif else 0)
         chunks[0] = (b"VP8X", bytes([flags]) + chunks[0][1][1:])
+        if exif:
+            chunks.append((b"EXIF", exif.removeprefix(b"Exif\0\0")))
     told = b"".join(
         kind + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) % 2)
         for kind, body in chunks
@@ -182,5 +188,4 @@ _FORMATS: dict[bytes, Callable[[bytes], bytes]] = {
     rb"\x89PNG\r\n\x1a\n": _png,
     rb"RIFF....WEBP": _webp,
     rb"GIF8[79]a": _gif,
-    rb"BM": lambda content: content,  # has nowhere to tell anything
 }

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import StorageError
 from pipeline.networks.cost import MAX_BYTES
 from pipeline.quarantine import BadImageError, Reason
-from pipeline.s3.access import S3Settings
+from pipeline.s3.access import S3Settings, located
 from pipeline.s3.codes import answer_in, explained, reason_of
 from pipeline.storage import Address, s3_client
 
@@ -40,6 +40,10 @@ class ImageReader:
 
     address: Address
     s3: S3Settings
+
+    def __post_init__(self) -> None:
+        """Find the bucket's region here: a task has no boto3 to ask."""
+        object.__setattr__(self, "s3", located(self.address.bucket, self.s3))
 
     def open(self) -> Callable[[str], tuple[bytes, str]]:
         """Return a thread-safe function from key to (bytes, version).

@@ -2,9 +2,8 @@
 
     python -m pipeline.cluster.ec2 look < knobs.json   the knobs, and the account as they want it
     python -m pipeline.cluster.ec2 host-keys INSTANCE ...        as the consoles printed them
-    python -m pipeline.cluster.ec2 with-credentials COMMAND      run it with those of this moment
 
-The first two print JSON. `look` collects every problem it finds, so that an admin mends them in one
+They print JSON. `look` collects every problem it finds, so that an admin mends them in one
 go.
 """
 
@@ -22,7 +21,7 @@ import boto3
 from pipeline.cluster.aws.account import Account
 from pipeline.cluster.aws.asking import Asking
 from pipeline.cluster.aws.bucket import find_bucket, find_bucket_size
-from pipeline.cluster.aws.caller import check_permissions, credentials, find_caller
+from pipeline.cluster.aws.caller import check_permissions, find_caller
 from pipeline.cluster.aws.cost import cost
 from pipeline.cluster.aws.images import find_images
 from pipeline.cluster.aws.instances import find_instances
@@ -84,8 +83,6 @@ def main(arguments: list[str]) -> None:
         case ["host-keys", *instances] if instances:
             ec2 = boto3.client("ec2", region_name=os.environ["AWS_DEFAULT_REGION"])
             print_json(host_keys(ec2, instances))
-        case ["with-credentials", command, *words]:
-            os.execvpe(command, [command, *words], os.environ | credentials())  # noqa: S606
         case _:
             sys.exit(__doc__)
 

@@ -24,7 +24,7 @@ from pyspark.sql import SparkSession
 from pipeline.cluster.master import PAGE_KEY, alive_workers, master_state, page_token
 from pipeline.engine.session import make_session, read_settings, task_slots
 from pipeline.errors import ClusterError, FruitsError
-from pipeline.s3.access import S3Settings
+from pipeline.s3.access import settings_here
 from pipeline.storage import Address, Store, open_store
 
 ALL_SLOTS = {
@@ -91,7 +91,7 @@ def main(master_page: str) -> None:
     settings = read_settings()
     bucket = Address.parse(settings["spark.eventLog.dir"]).bucket
     scratch = Address(bucket, f"health/{uuid.uuid4().hex}")
-    s3 = S3Settings.from_spark(settings)
+    s3 = settings_here(settings)
     try:
         state = master_state(master_page, page_token(settings[PAGE_KEY]))
         try:

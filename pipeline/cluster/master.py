@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.session import read_settings_of
-from pipeline.s3.access import S3Settings
+from pipeline.s3.access import settings_here
 from pipeline.storage import Address, open_store
 
 PAGE_KEY = "spark.org.apache.spark.ui.JWSFilter.param.secretKey"
@@ -142,9 +142,7 @@ def await_recovery(page: str, token: str, *, looks: int = 5, pause: float = 3.0)
 
 def make_event_log_folder(settings: Mapping[str, str]) -> bool:
     """Make the folder in which Spark wants to write; tell whether it was missing."""
-    folder = open_store(
-        Address.parse(settings["spark.eventLog.dir"]), S3Settings.from_spark(settings)
-    )
+    folder = open_store(Address.parse(settings["spark.eventLog.dir"]), settings_here(settings))
     if folder.read(".keep") is not None:
         return False
     folder.write(".keep", b"")

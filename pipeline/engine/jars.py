@@ -26,7 +26,7 @@ from urllib.request import getproxies
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from pipeline.engine.java import QUICK_START, JavaNotFoundError, find_java_home
+from pipeline.engine.java import QUICK_START, JavaNotFoundError, find_java_home, without_options
 
 LOCK_FILE = Path(__file__).with_name("jars.lock")
 
@@ -165,7 +165,11 @@ def _resolve(
     ]  # fmt: skip
     output = []
     with subprocess.Popen(  # noqa: S603
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=without_options(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         for line in process.stdout or ():
             output.append(line)

@@ -11,13 +11,22 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 OLDEST_JAVA = 17  # Spark 4's minimum
 
 # For processes that end soon: the second compiler and a collector of many threads do not pay there.
 QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+
+# Options that the user means for other programs in Java.
+_OPTIONS = {"CLASSPATH", "JAVA_OPTS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS"}
+
+
+def without_options(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which Java finds no options but those that it is given."""
+    return {name: value for name, value in environment.items() if name not in _OPTIONS}
 
 
 def one_line(options: Iterable[str]) -> str:
@@ -55,7 +64,13 @@ def find_java_home() -> Path:
 def java_version(java: Path) -> int | None:
     """Return the feature release that `java -version` prints (17 for 17.0.15), None if it fails."""
     try:
-        run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=300)  # noqa: S603
+        run = subprocess.run(  # noqa: S603
+            [java, "-version"],
+            env=without_options(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r'version "(?:1\.)?(\d+)', run.stderr)

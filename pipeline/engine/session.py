@@ -18,8 +18,9 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from pipeline.engine.java import find_java_home
+from pipeline.engine.java import find_java_home, without_options
 from pipeline.errors import ClusterError
+from pipeline.s3.access import without_aws
 
 COMMON_SETTINGS = Path(__file__).with_name("spark-defaults.conf")
 
@@ -95,10 +96,33 @@ def make_session(
     builder = SparkSession.builder.appName(name).master(master)
     for key, value in (settings or {}).items():
         builder = builder.config(key, value)
-    with _standard_error_to(log), _interruptions_held_back():
+    with _standard_error_to(log), _interruptions_held_back(), _javas_environment():
         session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     return session
+
+
+@contextmanager
+def _javas_environment() -> Iterator[None]:
+    """Start the driver's JVM without the user's keys for AWS, and without other Javas' options.
+
+    Spark would copy keys that it finds into Hadoop's settings, and send these to all executors.
+    """
+    before = dict(os.environ)
+    become(without_options(without_aws(before)))
+    try:
+        yield
+    finally:
+        become(before)
+
+
+def become(values: Mapping[str, str]) -> None:
+    """Give this process an environment; other threads find no variable missing that stays."""
+    for name in os.environ.keys() - values.keys():
+        del os.environ[name]
+    os.environ.update(
+        {name: value for name, value in values.items() if os.environ.get(name) != value}
+    )
 
 
 @contextmanager

@@ -10,26 +10,26 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from pipeline.s3.access import NO_FILE
+from pipeline.engine.java import without_options
+from pipeline.engine.session import become
+from pipeline.s3.access import without_aws
 
 # Of other installations. PYTHONPATH and its like would bring other packages than the locked ones.
 OTHERS = ("SPARK_", "PYSPARK_", "HADOOP_", "HDFS_", "YARN_", "HIVE_", "MAPRED_")
-NAMES = {
-    "CLASSPATH", "JAVA_OPTS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "MASTER",
-    "PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONUSERBASE",
-}  # fmt: skip
-OF_AWS = ("AWS_", "BOTO_")
+OF_PYTHON = {"PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONUSERBASE"}
 
 
-def without_aws(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which no S3 client finds anything of the user's."""
-    left = {name: value for name, value in environment.items() if not name.startswith(OF_AWS)}
-    return left | NO_FILE | {"AWS_EC2_METADATA_DISABLED": "true"}
+def of_servers(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process of the cluster: nothing of the user's is in it."""
+    left = without_options(without_aws(environment))
+    return {name: value for name, value in left.items() if name not in OF_PYTHON} | {
+        "AWS_EC2_METADATA_DISABLED": "true"
+    }
 
 
 @contextmanager
 def environment_of(values: Mapping[str, str], *, with_s3: bool) -> Iterator[None]:
-    """Give this process, and those that it starts, the environment of a cluster on loopback.
+    """Give this process the environment of the driver of a cluster on loopback.
 
     Parameters
     ----------
@@ -42,15 +42,10 @@ def environment_of(values: Mapping[str, str], *, with_s3: bool) -> Iterator[None
     kept = {
         name: value
         for name, value in before.items()
-        if not name.startswith(OTHERS) and name not in NAMES
+        if not name.startswith(OTHERS) and name != "MASTER"
     }
-    _become({**(without_aws(kept) if with_s3 else kept), **values})
+    become({**(without_aws(kept) if with_s3 else kept), **values})
     try:
         yield
     finally:
-        _become(before)
-
-
-def _become(values: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(values)
+        become(before)

@@ -29,7 +29,7 @@ from pipeline.engine.java import QUICK_START, find_java_home, one_line
 from pipeline.engine.session import COMMON_SETTINGS, check_user
 from pipeline.errors import ClusterError
 from pipeline.local import seaweed
-from pipeline.local.environment import environment_of, without_aws
+from pipeline.local.environment import environment_of, of_servers
 from pipeline.local.ports import free_ports
 from pipeline.s3.access import S3Settings
 
@@ -142,7 +142,7 @@ class _Servers:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=without_aws(os.environ) | (environment or {}),
+                env=of_servers(os.environ) | (environment or {}),
                 cwd=self.folder,
             )
 

@@ -60,10 +60,11 @@ class Place:
     def s3(self) -> S3Settings:
         """How S3 is reached; looked for only where something lies there.
 
-        Of a cluster that is only named, the hosts have roles: it gets none of this user's keys.
+        A cluster's hosts have roles, or keys that its settings name: nothing of this user's goes
+        there.
         """
-        found = read_settings()
-        return settings_here(found) if self.master is None else S3Settings.from_spark(found)
+        named = {"spark.master": self.master} if self.master else {}
+        return settings_here(read_settings() | named)
 
     def s3_for(self, *addresses: str | Address | None) -> S3Settings:
         """Return how S3 is reached for some addresses: for folders alone, it need not be."""

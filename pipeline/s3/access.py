@@ -12,19 +12,22 @@ from __future__ import annotations
 import atexit
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
 import ssl
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import cache
+from datetime import datetime, timedelta
+from functools import cache, partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pipeline.errors import StorageError
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 S3A = "spark.hadoop.fs.s3a."
 SIMPLE = "org.apache.hadoop.fs.s3a.SimpleAWSCredentialsProvider"
+TEMPORARY = "org.apache.hadoop.fs.s3a.TemporaryAWSCredentialsProvider"
 CONTAINER = "software.amazon.awssdk.auth.credentials.ContainerCredentialsProvider"
 # Where systems keep the certificates of whom they trust: Debian, Fedora and Amazon Linux, macOS.
 BUNDLES = (
@@ -42,7 +46,10 @@ BUNDLES = (
 )
 PEM = rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
 CHECKSUMS = ("x-amz-checksum-", "x-amz-sdk-checksum-")
-NO_FILE = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+OF_AWS = ("AWS_", "BOTO_")
+NO_FILES = dict.fromkeys(
+    ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "BOTO_CONFIG"), os.devnull
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class S3Settings:
     region: str | None = None
     access_key: str | None = None
     secret_key: str | None = None
+    session_token: str | None = None
     desk: Desk | None = None
     trust_store: str | None = None
 
@@ -80,6 +88,7 @@ class S3Settings:
             region=settings.get(S3A + "endpoint.region"),
             access_key=settings.get(S3A + "access.key"),
             secret_key=settings.get(S3A + "secret.key"),
+            session_token=settings.get(S3A + "session.token"),
         )
 
     def __repr__(self) -> str:
@@ -99,8 +108,9 @@ class S3Settings:
         if self.desk:
             named["aws.credentials.provider"] = CONTAINER
         elif self.access_key:
-            named["aws.credentials.provider"] = SIMPLE
+            named["aws.credentials.provider"] = TEMPORARY if self.session_token else SIMPLE
             named |= {"access.key": self.access_key, "secret.key": self.secret_key}
+            named["session.token"] = self.session_token
         return {S3A + name: value for name, value in named.items() if value is not None}
 
     def for_java(self) -> list[str]:
@@ -119,6 +129,12 @@ class S3Settings:
         return options
 
 
+def without_aws(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which no S3 client finds anything of the user's."""
+    left = {name: value for name, value in environment.items() if not name.startswith(OF_AWS)}
+    return left | NO_FILES
+
+
 def settings_here(settings: Mapping[str, str]) -> S3Settings:
     """Return how S3 is reached from here, by Spark's settings or as the user reaches it.
 
@@ -132,33 +148,29 @@ def settings_here(settings: Mapping[str, str]) -> S3Settings:
     """
     s3 = S3Settings.from_spark(settings)
     if s3.access_key or "spark.master" in settings:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
+        for name in [name for name in os.environ if name.startswith(OF_AWS)]:
             del os.environ[name]
-        os.environ.update(NO_FILE)
+        os.environ.update(NO_FILES)
         return s3
     return _of_user(s3)
 
 
 def _of_user(s3: S3Settings) -> S3Settings:
-    from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError, NoCredentialsError
     from botocore.session import get_session
 
-    from pipeline.s3.desk import credentials, open_desk
+    from pipeline.s3.desk import CredentialsError, credentials, open_desk
 
     session = get_session()
     try:
-        endpoints = ConfiguredEndpointProvider(
-            session.full_config, session.get_scoped_config(), client_name="s3"
-        )
-        s3 = replace(
-            s3,
-            endpoint=s3.endpoint or endpoints.provide(),
-            region=s3.region or session.get_config_variable("region"),
-        )
-        named = session.get_config_variable("ca_bundle")
+        region = session.get_config_variable("region") or os.environ.get("AWS_REGION")
+        s3 = replace(s3, region=s3.region or region or None)
+        s3 = replace(s3, endpoint=s3.endpoint or _endpoint_of(session, s3.region))
+        if s3.endpoint and not s3.region:
+            s3 = replace(s3, region="us-east-1")  # what most of other makers' take; S3A has another
+        named = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
         trust(named)
-        if named or (s3.endpoint or "").startswith("https:"):
+        if not (s3.endpoint or "").startswith("http:"):
             s3 = replace(s3, trust_store=_trust_store())
         told = credentials().fresh()
     except NoCredentialsError as error:
@@ -166,7 +178,7 @@ def _of_user(s3: S3Settings) -> S3Settings:
             "expected AWS credentials, found none. Set AWS_PROFILE, log in (aws sso login, aws "
             "configure) or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         ) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, CredentialsError) as error:
         raise StorageError(
             f"the AWS credentials could not be had: {error}. Log in anew or correct AWS_PROFILE, "
             "then run again."
@@ -175,6 +187,22 @@ def _of_user(s3: S3Settings) -> S3Settings:
         return replace(s3, desk=open_desk())
     os.environ.pop("AWS_SESSION_TOKEN", None)  # of other keys; delta-rs would send it all the same
     return replace(s3, access_key=told["AccessKeyId"], secret_key=told["SecretAccessKey"])
+
+
+def _endpoint_of(session: Any, region: str | None) -> str | None:
+    """Return the address that the user's settings name, None for AWS's usual one."""
+    from botocore.configprovider import ConfiguredEndpointProvider
+
+    if not session.get_config_variable("ignore_configured_endpoint_urls"):
+        named: str | None = ConfiguredEndpointProvider(
+            session.full_config, session.get_scoped_config(), client_name="s3"
+        ).provide()
+        if named:
+            return named
+    # Only boto3 knows of these; the others are given the address.
+    fips = "-fips" if session.get_config_variable("use_fips_endpoint") else ""
+    dual = ".dualstack" if session.get_config_variable("use_dualstack_endpoint") else ""
+    return f"https://s3{fips}{dual}.{region or 'us-east-1'}.amazonaws.com" if fips or dual else None
 
 
 def trust(named: str | None) -> None:
@@ -186,7 +214,13 @@ def trust(named: str | None) -> None:
         return
     system = certificates()
     both = scratch() / "certificates.pem"
-    parts = [Path(file).read_bytes() for file in (system, named) if file]
+    try:
+        parts = [Path(file).read_bytes() for file in (system, named) if file]
+    except OSError as error:
+        raise StorageError(
+            f"expected certificates in {named} (ca_bundle, AWS_CA_BUNDLE), found: "
+            f"{error.strerror}. Correct the name."
+        ) from error
     both.write_bytes(b"\n".join(parts))
     os.environ["SSL_CERT_FILE"] = str(both)
 
@@ -265,37 +299,66 @@ def obstore_client(bucket: str | None, prefix: str, s3: S3Settings) -> S3Store:
 
     # Certificates of buckets' own names have no dots in them.
     by_path = s3.endpoint is not None or "." in str(bucket)
-    config: S3Config = {"virtual_hosted_style_request": not by_path}
+    # What the environment may say otherwise is said here.
+    config: S3Config = {
+        "virtual_hosted_style_request": not by_path,
+        "skip_signature": False,
+        "request_payer": False,
+    }
     if s3.endpoint:
         config["endpoint"] = s3.endpoint
     if s3.region:
         config["region"] = s3.region
-    if s3.desk:
-        config["container_credentials_full_uri"] = s3.desk.url
-        config["container_authorization_token_file"] = s3.desk.token_file
     options: ClientConfig = {
         "allow_http": (s3.endpoint or "").startswith("http://"),
         "connect_timeout": timedelta(seconds=5),
         "timeout": timedelta(seconds=30),
     }
-    # By a function: beside keys, a session token of the environment's would be sent.
-    provider = None if s3.access_key is None else lambda: _keys(s3)
     return S3Store(
         bucket,
         prefix=prefix or None,
         config=config,
         client_options=options,
         retry_config={"max_retries": 8, "retry_timeout": timedelta(seconds=90)},
-        credential_provider=provider,
+        credential_provider=_provider(s3),
     )
+
+
+def _provider(s3: S3Settings) -> Callable[[], S3Credential] | None:
+    """Return what gives obstore its keys, which it would look for in the environment first."""
+    if s3.desk:
+        return partial(_asked, s3.desk)
+    return None if s3.access_key is None else partial(_keys, s3)
 
 
 def _keys(s3: S3Settings) -> S3Credential:
     return {
         "access_key_id": str(s3.access_key),
         "secret_access_key": str(s3.secret_key),
-        "token": None,
+        "token": s3.session_token,
         "expires_at": None,
+    }
+
+
+def _asked(desk: Desk) -> S3Credential:
+    """Ask the desk, through no proxy."""
+    parts = urlsplit(desk.url)
+    line = HTTPConnection(str(parts.hostname), parts.port, timeout=60)
+    try:
+        line.request(
+            "GET", parts.path, headers={"Authorization": Path(desk.token_file).read_text()}
+        )
+        answer = line.getresponse()
+        told = json.loads(answer.read())
+    finally:
+        line.close()
+    if answer.status != 200:
+        raise OSError(f"{desk.url}: {told['message']}")
+    return {
+        "access_key_id": told["AccessKeyId"],
+        "secret_access_key": told["SecretAccessKey"],
+        "token": told["Token"],
+        "expires_at": datetime.fromisoformat(told["Expiration"]),
     }
 
 
@@ -313,7 +376,7 @@ def delta_options(bucket: str, s3: S3Settings) -> dict[str, str]:
         "region": s3.region,
         "access_key_id": told.get("AccessKeyId", s3.access_key),
         "secret_access_key": told.get("SecretAccessKey", s3.secret_key),
-        "session_token": told.get("Token"),
+        "session_token": told.get("Token", s3.session_token),
         "allow_http": "true" if (s3.endpoint or "").startswith("http://") else None,
         "virtual_hosted_style_request": "false" if by_path else "true",
     }
@@ -337,6 +400,7 @@ def boto3_client(s3: S3Settings) -> Any:
         region_name=s3.region,
         aws_access_key_id=s3.access_key,
         aws_secret_access_key=s3.secret_key,
+        aws_session_token=s3.session_token,
         provider=None if s3.desk is None else provider(),
         verify=certificates(),
         config=Config(

@@ -21,54 +21,96 @@ from typing import Any
 from pipeline.s3.access import Desk, scratch
 from pipeline.s3.codes import DESK
 
+ENOUGH = timedelta(seconds=60)  # left of their time, in which no request waits for new ones
+AGAIN = timedelta(seconds=30)  # until a renewal that has failed is tried again
 UNTOLD = timedelta(minutes=15)  # credentials that tell no end are looked up again after it
+
+
+class CredentialsError(Exception):
+    """The user's credentials cannot be had, in the words of whoever was asked."""
 
 
 class Credentials:
     """What boto3's chain finds, found anew once two thirds of its time are over.
 
     Its own credentials would be renewed with each request in their last quarter of an hour: for
-    those that a command gives, that is a login each time.
+    those that a command gives, that is a login each time. Here it is done beside the requests, and
+    what fails is tried again as long as the old ones hold.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._told: dict[str, str] = {}
-        self._next = datetime.min.replace(tzinfo=UTC)
+        self._next = self._end = datetime.fromtimestamp(0, UTC)
 
     def fresh(self) -> dict[str, str]:
         """Return credentials as containers on AWS are told them.
 
         Raises
         ------
-        BotoCoreError
-            When they cannot be had any more.
+        NoCredentialsError
+            When there are none.
+        CredentialsError
+            When they cannot be had, or not any more.
         """
-        with self._lock:
-            now = datetime.now(UTC)
-            if now >= self._next:
-                keys, end = _find(now)
-                self._told = {
-                    "AccessKeyId": keys.access_key,
-                    "SecretAccessKey": keys.secret_key,
-                    "Token": keys.token or "",
-                    "Expiration": end.strftime("%Y-%m-%dT%H:%M:%SZ"),
-                }
-                self._next = now + (end - now) * 2 / 3
+        now = datetime.now(UTC)
+        if now < self._next:
             return dict(self._told)
+        if now < self._end - ENOUGH:
+            if self._lock.acquire(blocking=False):
+                Thread(target=self._renew_beside, name="login", daemon=True).start()
+            return dict(self._told)
+        with self._lock:
+            if datetime.now(UTC) >= self._next:
+                self._renew()
+        return dict(self._told)
+
+    def _renew_beside(self) -> None:
+        try:
+            self._renew()
+        finally:
+            self._lock.release()
+
+    def _renew(self) -> None:
+        now = datetime.now(UTC)
+        try:
+            keys, end = _find(now, is_first=not self._told)
+        except CredentialsError:
+            if now >= self._end:
+                raise
+            self._next = min(self._end, now + AGAIN)
+            return
+        self._told = {
+            "AccessKeyId": keys.access_key,
+            "SecretAccessKey": keys.secret_key,
+            "Token": keys.token or "",
+            "Expiration": end.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        self._end, self._next = end, now + (end - now) * 2 / 3
 
 
-def _find(now: datetime) -> tuple[Any, datetime]:
+def _find(now: datetime, *, is_first: bool) -> tuple[Any, datetime]:
     """Go through boto3's chain; return keys and their end."""
-    from botocore.exceptions import NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
     from botocore.session import get_session
 
-    found = get_session().get_credentials()
-    if found is None:
+    session = get_session()
+    try:
+        if not is_first:  # nobody waits at the terminal for a question then
+            roles = session.get_component("credential_provider").get_provider("assume-role")
+            roles._prompter = _ask_nobody
+        found = session.get_credentials()
+        keys = found.get_frozen_credentials() if found is not None else None
+    except (BotoCoreError, ClientError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise CredentialsError(str(error) or type(error).__name__) from error
+    if keys is None:
         raise NoCredentialsError
-    keys = found.get_frozen_credentials()
     end: datetime = getattr(found, "_expiry_time", None) or now + UNTOLD
     return keys, end.astimezone(UTC)
+
+
+def _ask_nobody(question: str) -> str:
+    raise EOFError(f"they have ended, and to renew them needs an answer ({question.strip(': ')})")
 
 
 @cache
@@ -110,8 +152,11 @@ def open_desk() -> Desk:
     token_file.write_text(word)
 
     class Answer(BaseHTTPRequestHandler):
+        timeout = 10  # seconds, for who connects and asks nothing
+
         def do_GET(self) -> None:
-            if not hmac.compare_digest(self.headers.get("Authorization", ""), word):
+            given = self.headers.get("Authorization", "").encode()
+            if not hmac.compare_digest(given, word.encode()):
                 self._say(403, {"message": "expected the word of this run"})
                 return
             try:

@@ -33,7 +33,7 @@ from pipeline.networks.model import Model
 from pipeline.pca import Moments, Running, Tally, feature_matrix
 from pipeline.quarantine import DAILY, READ, Again, word_of, words
 from pipeline.record import Speed
-from pipeline.s3.access import S3Settings
+from pipeline.s3.access import S3Settings, located
 from pipeline.storage import Address, Store
 from pipeline.table.delta import UPKEEP, Change, Delta, File, Snapshot
 from pipeline.table.parts import Parts, for_each, picked
@@ -178,6 +178,7 @@ class FeatureTable:
         self.model = model
         self.root = f"features/{model.id}"
         address = output.address / f"{self.root}/table"
+        s3 = located(address.bucket, s3)
         self.delta = Delta(address, s3, single_writer=single_writer)
         self.parts = Parts(self.delta.address, s3)
 

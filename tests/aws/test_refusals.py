@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -250,23 +248,3 @@ def test_a_number_or_a_name_that_is_wrong_ends_nothing(
     with admin.aws.recording() as requests:
         assert admin.play(playbook, *said, fails=True).says(told)
     assert changes(requests) == []
-
-
-def test_the_credentials_of_a_profile_reach_a_program_that_knows_none(
-    aws: Account, tmp_path: Path
-) -> None:
-    file = tmp_path / "credentials"
-    file.write_text(
-        "[orchard]\naws_access_key_id = AKIA1\naws_secret_access_key = s1\naws_session_token = t1\n"
-    )
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    environment = {name: v for name, v in aws.environment.items() if name not in names}
-    run = subprocess.run(
-        [sys.executable, "-m", "pipeline.cluster.ec2", "with-credentials", "env"],
-        env=environment | {"AWS_SHARED_CREDENTIALS_FILE": str(file), "AWS_PROFILE": "orchard"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for line in ("AWS_ACCESS_KEY_ID=AKIA1", "AWS_SECRET_ACCESS_KEY=s1", "AWS_SESSION_TOKEN=t1"):
-        assert line in run.stdout.splitlines()

@@ -227,6 +227,8 @@ def test_the_users_login_serves_a_whole_run_on_an_s3_with_a_certificate_of_its_o
         mine = {
             "HOME": str(tmp_path),
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
+            "SPARK_CONF_DIR": "",  # that of a cluster which other tests have here
+            "AWS_CONFIG_FILE": str(tmp_path / ".aws/config"),
             "AWS_PROFILE": "lab",
             "AWS_CA_BUNDLE": str(authority),  # for the login
             "http_proxy": "http://127.0.0.1:9",

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.local.environment import environment_of, without_aws
+from pipeline.local.environment import environment_of, of_servers
 from pipeline.s3 import access, desk
 from pipeline.s3.access import (
     CONTAINER,
@@ -28,6 +28,7 @@ from pipeline.s3.access import (
     obstore_client,
     settings_here,
 )
+from tests.waiting import eventually
 
 LOGIN = """
 import datetime, json, pathlib
@@ -103,7 +104,7 @@ def test_credentials_that_end_are_given_at_the_desk_to_who_has_its_word(
     told = ask(word)
     assert (told["AccessKeyId"], told["Token"]) == ("ASIALOGIN", "TOKEN")
     assert datetime.fromisoformat(told["Expiration"]) > datetime.now(UTC) + timedelta(minutes=50)
-    for other in ("", "guessed", word + "x"):
+    for other in ("", "guessed", word + "x", "caf\u00e9"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             ask(other)
     # delta-rs gets what the desk has now; boto3 the same, by itself.
@@ -125,6 +126,59 @@ def test_a_login_is_made_anew_before_it_ends_and_not_for_each_request(
     credentials._next = datetime.now(UTC)  # two thirds of its minute are over
     assert credentials.fresh()["Expiration"] >= first["Expiration"]
     assert len((home / "times").read_text()) > len(logins)
+
+
+def test_a_renewal_that_fails_ends_nothing_while_the_old_credentials_hold(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs_in(home)
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    credentials = desk.credentials()
+    first = credentials.fresh()
+    (home / "login.py").write_text("raise SystemExit('the login server is down')")
+    credentials._next = datetime.now(UTC)
+    assert credentials.fresh() == first  # at once, while a login is tried beside
+    assert eventually(lambda: credentials._next > datetime.now(UTC))
+    assert credentials.fresh() == first
+    credentials._next = credentials._end = datetime.now(UTC)
+    with pytest.raises(desk.CredentialsError, match="login server is down"):
+        credentials.fresh()
+
+
+@pytest.mark.parametrize(
+    ("mine", "endpoint", "region"),
+    [
+        ({"AWS_REGION": "garage"}, None, "garage"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9", "us-east-1"),
+        (
+            {
+                "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+                "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true",
+                "AWS_DEFAULT_REGION": "eu-west-3",
+            },
+            None,
+            "eu-west-3",
+        ),
+        (
+            {"AWS_USE_FIPS_ENDPOINT": "true", "AWS_DEFAULT_REGION": "us-east-2"},
+            "https://s3-fips.us-east-2.amazonaws.com",
+            "us-east-2",
+        ),
+    ],
+)
+def test_the_place_is_the_same_for_all_clients(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mine: dict[str, str],
+    endpoint: str | None,
+    region: str,
+) -> None:
+    for name, value in ({"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "s"} | mine).items():
+        monkeypatch.setenv(name, value)
+    found = settings_here({})
+    assert (found.endpoint, found.region) == (endpoint, region)
+    assert delta_options("fruits", found)["aws_region"] == region
+    assert found.for_spark()["spark.hadoop.fs.s3a.endpoint.region"] == region
 
 
 def test_a_user_without_credentials_is_told_where_they_come_from(home: Path) -> None:
@@ -183,14 +237,21 @@ def test_a_cluster_on_loopback_hears_of_no_other_installation(
     before = dict(os.environ)
     with environment_of({"SPARK_HOME": "/ours"}, with_s3=True):
         assert os.environ["SPARK_HOME"] == "/ours"
-        assert not (others | aws).keys() & (os.environ.keys() - {"SPARK_HOME"})
+        of_driver = {
+            "JAVA_TOOL_OPTIONS",
+            "_JAVA_OPTIONS",
+            "CLASSPATH",
+            "PYTHONPATH",
+            "PYTHONSTARTUP",
+        }
+        assert not (others | aws).keys() & (os.environ.keys() - {"SPARK_HOME", *of_driver})
+        assert not (others | aws).keys() & (of_servers(os.environ).keys() - {"SPARK_HOME"})
         assert os.environ["AWS_CONFIG_FILE"] == os.devnull
         assert os.environ["PATH"] == before["PATH"]
     assert dict(os.environ) == before
     with environment_of({}, with_s3=False):  # the driver asks AWS as the user does
         assert os.environ["AWS_PROFILE"] == "mine"
-        assert not others.keys() & os.environ.keys()
-        assert not aws.keys() & without_aws(os.environ).keys()
+        assert not (others | aws).keys() & of_servers(os.environ).keys()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -79,7 +80,40 @@ def test_what_lies_behind_a_picture_goes_with_it() -> None:
         assert without_metadata(whole + b"\0ORCHARD-NOTE") == without_metadata(whole)
 
 
-@pytest.mark.parametrize("form", ["TIFF", "AVIF"])
+TURNED = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><r tiff:Orientation=\"6\"/></x:xmpmeta>"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_a_photo_that_is_turned_by_xmp_alone_stays_turned(form: str) -> None:
+    content = BytesIO()
+    picture().resize((64, 48)).save(content, form, xmp=TURNED)
+    stripped = without_metadata(content.getvalue())
+    assert stripped is not None
+    np.testing.assert_array_equal(decode(stripped, 64), decode(content.getvalue(), 64))
+
+
+def test_what_nobody_knows_goes_too() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = zlib.crc32(kind + body).to_bytes(4, "big")
+        return len(body).to_bytes(4, "big") + kind + body + check
+
+    whole = photo("PNG")
+    told = whole[:33] + chunk(b"caBX", b"ORCHARD-NOTE") + whole[33:]
+    assert without_metadata(told) == without_metadata(whole)
+    whole = photo("JPEG")
+    preview = b"JFXX\0\x10ORCHARD-NOTE"
+    told = whole[:2] + b"\xff\xe0" + (len(preview) + 2).to_bytes(2, "big") + preview + whole[2:]
+    told = told[:2] + b"\xff\xf3\0\x0eORCHARD-NOTE" + told[2:]
+    assert without_metadata(told) == without_metadata(whole)
+    whole = photo("WEBP")
+    told = whole + b"C2PA\x0c\0\0\0ORCHARD-NOTE"
+    told = told[:4] + (len(told) - 8).to_bytes(4, "little") + told[8:]
+    assert without_metadata(told) == without_metadata(whole)
+    assert without_metadata(b"BMI,name,gps\n1,ORCHARD-OWNER") is None
+    assert without_metadata(b"RIFF\0\0\0\0WEBP") is None
+
+
+@pytest.mark.parametrize("form", ["TIFF", "AVIF", "BMP"])
 def test_a_format_that_this_is_not_done_to_is_told(form: str) -> None:
     content = BytesIO()
     picture().save(content, form)

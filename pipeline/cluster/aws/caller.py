@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.cluster.aws.account import Account, reason
@@ -69,17 +67,3 @@ def _denied(iam: Any, source: str, statement: Mapping[str, Any], account: str) -
         for one in page["EvaluationResults"]:
             if one["EvalDecision"] != "allowed" and not one.get("MissingContextValues"):
                 yield one["EvalActionName"]
-
-
-def credentials() -> dict[str, str]:
-    """Return the caller's credentials as variables, for a program that knows no profiles or SSO."""
-    found = boto3.Session().get_credentials()
-    if found is None:
-        sys.exit("expected AWS credentials, found none; set AWS_PROFILE or the AWS_* variables.")
-    frozen = found.get_frozen_credentials()
-    variables = {
-        "AWS_ACCESS_KEY_ID": frozen.access_key,
-        "AWS_SECRET_ACCESS_KEY": frozen.secret_key,
-        "AWS_SESSION_TOKEN": frozen.token,
-    }
-    return {name: value for name, value in variables.items() if value}
