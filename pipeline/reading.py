@@ -66,6 +66,8 @@ class ImageReader:
                     raise StorageError(
                         f"expected a folder at {folder}, found none; is a disk gone?"
                     ) from error
+                if (folder / key).is_symlink():
+                    raise BadImageError(Reason.UNREADABLE, "a link to nothing") from error
                 raise BadImageError(Reason.VANISHED, "deleted since it was listed") from error
             except IsADirectoryError as error:
                 raise BadImageError(Reason.UNREADABLE, "a folder, not a file") from error

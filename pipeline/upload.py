@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import NoImagesError
 from pipeline.listing.names import kind_of
 from pipeline.networks.formats import recognised
-from pipeline.privacy import without_metadata
+from pipeline.networks.metadata import without_metadata
 from pipeline.storage import Entry, Store
 
 UPLOADS_AT_ONCE = 16
@@ -64,13 +64,13 @@ def upload(
     StorageError
         When the target is missing, forbidden or unreachable.
     """
-    files = list(source.list())
+    folder = Path(source.address.path)
+    files = [file for file in source.list() if (folder / file.key).exists()]  # no link to nothing
     if not files:
         raise NoImagesError(f"expected files in {source.address}, found none; check the path.")
     there = {entry.key: entry for entry in target.list()}
     # The length of what would be sent is known here only where files are sent as they are.
     todo = [file for file in files if strip_metadata or not _is_there(file, there.get(file.key))]
-    folder = Path(source.address.path)
 
     def send(file: Entry) -> _Done:
         if strip_metadata:

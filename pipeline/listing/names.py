@@ -13,7 +13,7 @@ ENDINGS = {
     *("jp2", "jpx", "j2k"),
 }
 # `photo.jpg_large`, `photo.jpg~`, `photo.jpg?w=640`, `photo.jpg!d`
-_MORE_THAN_AN_ENDING = re.compile(r"\.(jpe?g|png|webp|gif)[^a-z0-9.][^./]*$")
+_MORE_THAN_AN_ENDING = re.compile(rf"\.({'|'.join(sorted(ENDINGS))})([^a-z0-9./][^/]*|\.\d+)$")
 _KNOWN = {"license", "licence", "readme", "makefile", "copying", "notice", "authors"}
 MOST_KINDS = 50
 
@@ -25,7 +25,7 @@ def kind_of(key: str) -> str | None:
         return "a Mac's own"
     if name.endswith(":Zone.Identifier"):
         return "Windows' own"
-    plain = name.strip().lower()
+    plain = name.strip().rstrip(".").lower()
     if _MORE_THAN_AN_ENDING.search(plain):
         return None
     _, dot, ending = plain.lstrip(".").rpartition(".")

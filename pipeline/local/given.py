@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,6 +21,8 @@ from pipeline.listing.images import is_image
 from pipeline.local.sample import render_sample
 from pipeline.networks.catalogue import DEFAULT, NETWORKS
 from pipeline.networks.model import find_weights
+from pipeline.s3.access import S3Settings
+from pipeline.storage import Address, open_store
 
 
 def images_named() -> Path | None:
@@ -60,11 +64,21 @@ def open_images(given: Path | None) -> Iterator[tuple[Path, str]]:
 
 
 def _holds_an_image(folder: Path) -> bool:
-    return any(is_image(str(file)) and file.is_file() for file in folder.rglob("*"))
+    if not folder.is_dir():
+        return False
+    store = open_store(Address.parse(str(folder)), S3Settings(), follows_links=True)
+    return any(is_image(entry.key) for entry in store.list())
 
 
 def _is_archive(file: Path) -> bool:
     return bool(re.search(r"\.(zip|tgz|tar(\.(gz|bz2|xz))?)$", file.name.lower()))
+
+
+# What damaged archives are told by.
+DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, OSError, KeyError, RuntimeError, EOFError),
+    *(zlib.error, lzma.LZMAError, OverflowError, ValueError),
+)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -77,16 +91,20 @@ def unpack(archive: Path, folder: Path) -> None:
     NoImagesError
         If it is no archive, or one of its names leads out of the folder.
     """
+    written = set[Path]()
     try:
         for name, modified, source in _zipped(archive) if _is_zip(archive) else _tarred(archive):
             target = (folder / name.lstrip("/")).resolve()
             if not target.is_relative_to(folder.resolve()):
                 raise tarfile.TarError(f"{name} leads outside the destination")
+            if target.exists() and target not in written:  # of another archive
+                target = folder / archive.name / target.relative_to(folder.resolve())
+            written.add(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             with source, target.open("wb") as file:
                 shutil.copyfileobj(source, file)
             os.utime(target, (modified, modified))
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, KeyError, RuntimeError) as error:
+    except DAMAGE as error:
         raise NoImagesError(
             f"expected an archive of images (.tar, .tar.gz, .zip) at {archive}, found: {error}. "
             "Check IMAGES."

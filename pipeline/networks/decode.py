@@ -20,12 +20,25 @@ import pillow_heif
 from PIL import AvifImagePlugin, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pipeline.networks.cost import MAX_PIXELS, WHOLE_PIXELS, check_cost, is_large_webp
-from pipeline.networks.formats import FORMATS, LARGE_PROFILE, recognised, without_metadata
+from pipeline.networks.formats import (
+    FORMATS,
+    LARGE_PROFILE,
+    cut_off,
+    recognised,
+    without_metadata,
+)
+from pipeline.networks.metadata import bare
 from pipeline.quarantine import BadImageError, Reason
 
 # TIFF 6.0
-BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION = 258, 262, 284
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 262, 284, 339
 _SRGB = ImageCms.createProfile("sRGB")
+NEARLY = 2  # of 255: a profile that moves no colour by more is taken for sRGB
+_SOME_COLOURS = Image.fromarray(
+    np.stack(np.meshgrid(*[np.array([0, 64, 128, 192, 255], np.uint8)] * 3), axis=-1).reshape(
+        5, 25, 3
+    )
+)
 
 PREPROCESSING = "pillow, exif-transposed, rgb over white, bilinear"
 
@@ -68,6 +81,19 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     if not content:
         raise BadImageError(Reason.EMPTY, "the file has 0 bytes")
     kind = recognised(content)
+    missing = cut_off(content) if kind in ("HEIF", "AVIF") else None
+    if missing:  # of a picture in tiles, those that are there would be taken
+        raise BadImageError(Reason.DAMAGED, f"{kind}: {missing}")
+    try:
+        return _decoded(content, size, kind)
+    except BadImageError as error:
+        picture = bare(content) if error.reason is Reason.DAMAGED else None
+        if picture is None or picture == content:
+            raise
+    return _decoded(picture, size, kind)  # metadata never costs the picture
+
+
+def _decoded(content: bytes, size: int, kind: str | None) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(without_metadata(content)), formats=FORMATS) as image:
             kind = str(image.format)
@@ -81,7 +107,7 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
     except Image.DecompressionBombError as error:
         raise BadImageError(Reason.TOO_LARGE, f"{kind}: {error}") from None
     except Exception as error:  # Pillow's decoders raise many kinds; none may end a job
-        told = str(error) or type(error).__name__
+        told = str(error).strip() or type(error).__name__
         if "nsupported" in told:
             raise BadImageError(Reason.UNSUPPORTED, f"{kind or 'image'}: {told}") from None
         raise BadImageError(Reason.DAMAGED, f"{kind or 'image'}: {told}") from None
@@ -103,6 +129,10 @@ def _check_tiff(image: Image.Image) -> None:
         return
     tags = getattr(image, "tag_v2", {})
     bits = max(tags.get(BITS_PER_SAMPLE, (1,)))
+    if bits not in (1, 2, 4, 8, 16, 32):
+        raise BadImageError(Reason.UNSUPPORTED, f"TIFF of {bits} bits; save it with 8")
+    if 2 in tags.get(SAMPLE_FORMAT, (1,)) and bits <= 16:
+        raise BadImageError(Reason.UNSUPPORTED, "TIFF of signed values; save it with 8 bits")
     if bits <= 8:
         return
     if tags.get(PLANAR_CONFIGURATION, 1) == 2:
@@ -128,6 +158,8 @@ def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     # A JPEG is decoded at a half, a quarter or an eighth, never below twice the size wanted.
     image.draft(None, (2 * size, 2 * size))
     image.load()
+    if image.format == "BMP" and _is_all_transparent(image):
+        image = image.convert("RGB")  # its fourth byte, which nobody has set
     small = _reduced(image, size) if image.width * image.height > WHOLE_PIXELS else image
     with suppress(Exception):  # EXIF that is none does not cost the picture
         ImageOps.exif_transpose(small, in_place=True)
@@ -137,6 +169,10 @@ def _pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     if transform is not None:
         ImageCms.applyTransform(resized, transform, inPlace=True)
     return np.asarray(resized)
+
+
+def _is_all_transparent(image: Image.Image) -> bool:
+    return image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _has_colours(image: Image.Image) -> bool:
@@ -156,9 +192,10 @@ def _to_srgb(profile: bytes) -> ImageCms.ImageCmsTransform | None:
         return None
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(found):
-            return None
-        return ImageCms.buildTransform(found, _SRGB, "RGB", "RGB")
+        transform = ImageCms.buildTransform(found, _SRGB, "RGB", "RGB")
+        seen = ImageCms.applyTransform(_SOME_COLOURS, transform)
+        moves = np.abs(np.asarray(seen).astype(int) - np.asarray(_SOME_COLOURS)).max()
+        return transform if moves > NEARLY else None
     except Exception:  # a profile that is none does not cost the picture
         return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
+from collections.abc import Iterator
 
 # As Pillow names them; HEIF is what iPhones' HEIC is one of.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
@@ -24,6 +26,19 @@ _BEGINNINGS = {
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",
     b"PK\x03\x04": "a zip archive",
+    b"\0\0\1\0": "an icon",
+    b"icns": "an icon",
+    b"II\xbc\1": "JPEG XR",
+    b"DDS ": "DDS",
+    b"v/1\1": "OpenEXR",
+    b"FUJIFILMCCD-RAW": "a camera's raw file",
+    b"IIU\0": "a camera's raw file",
+    b"IIRO": "a camera's raw file",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"%!PS": "PostScript",
+    **dict.fromkeys((b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n"), "PNM"),
     b"\x1f\x8b": "a gzip archive",
 }
 _BRANDS = {
@@ -32,6 +47,10 @@ _BRANDS = {
     **dict.fromkeys((b"isom", b"mp41", b"mp42", b"qt  ", b"M4V "), "a video"),
     b"crx ": "a camera's raw file",
 }
+# JPEG (ITU-T T.81, annex B): markers without content, and those that begin a scan and end it all.
+_BARE = {0x01, *range(0xD0, 0xD9)}
+_SOS, _EOI = 0xDA, 0xD9
+_next_marker = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])").search
 LARGE_CHUNK = 64 << 10  # bytes of text
 LARGE_PROFILE = 1 << 20  # bytes of colours' profile, unpacked: Pillow refuses a PNG with more
 
@@ -45,8 +64,11 @@ def recognised(content: bytes) -> str | None:
     for beginning, name in _BEGINNINGS.items():
         if content.startswith(beginning):
             return name
-    start = content[:256].lstrip().lower()
-    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in content[:1024].lower():
+    start = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if (
+        start.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype"))
+        and b"<svg" in content[:1024].lower()
+    ):
         return "SVG"
     return None
 
@@ -84,3 +106,39 @@ def _unpacks_to_much(packed: bytes) -> bool:
         return len(zlib.decompressobj().decompress(packed, LARGE_PROFILE)) >= LARGE_PROFILE
     except zlib.error:
         return True
+
+
+def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield markers and their bytes up to the first picture's end; a scan goes with its marker."""
+    place = 2
+    while place < len(content):
+        if content[place] != 0xFF:
+            raise ValueError("expected a marker")
+        while content[place] == 0xFF:
+            place += 1
+        marker = content[place]
+        start, place = place - 1, place + 1
+        if marker == _EOI:
+            yield marker, b"\xff\xd9"
+            return
+        if marker in _BARE:
+            yield marker, content[start:place]
+            continue
+        place += int.from_bytes(content[place : place + 2], "big")
+        if marker == _SOS:
+            found = _next_marker(content, place)
+            place = found.start() if found else len(content)
+        yield marker, content[start:place]
+
+
+def cut_off(content: bytes) -> str | None:
+    """Say what is missing of a HEIC or an AVIF: boxes tell their lengths (ISO/IEC 14496-12)."""
+    place = 0
+    while place + 8 <= len(content):
+        length = int.from_bytes(content[place : place + 4], "big")
+        if length == 1:
+            length = int.from_bytes(content[place + 8 : place + 16], "big")
+        if length < 8:
+            return None  # to the end of the file, or no box
+        place += length
+    return f"cut off: {len(content):,} of {place:,} bytes" if place > len(content) else None

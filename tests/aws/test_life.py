@@ -368,7 +368,7 @@ def test_it_is_destroyed_and_the_bucket_stays(admin: Admin) -> None:
     assert things(admin.aws) == []
     assert play.says("Left of the cluster orchard: nothing")
     assert play.says("The bucket orchard-bucket stays and is paid for")
-    assert admin.aws.client("s3").list_objects_v2(Bucket="orchard-bucket")["KeyCount"] == 2
+    assert admin.aws.client("s3").list_objects_v2(Bucket="orchard-bucket")["KeyCount"] == 3
 
 
 def test_destroyed_again_it_finds_nothing_and_the_bucket_goes_when_named(admin: Admin) -> None:

@@ -318,6 +318,29 @@ def test_a_profile_that_is_none_does_not_cost_the_picture(profile: bytes) -> Non
     )
 
 
+def test_a_heic_that_is_cut_off_is_told_as_such() -> None:
+    whole = encoded(picture(), "HEIF", quality=90)
+    assert_shows(whole, upright(), within=4)
+    assert reason(whole[:-1]).startswith(f"damaged: HEIF: cut off: {len(whole) - 1:,} of ")
+
+
+def test_a_chunk_that_is_damaged_does_not_cost_the_picture() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = zlib.crc32(kind + body).to_bytes(4, "big")
+        return len(body).to_bytes(4, "big") + kind + body + check
+
+    whole = encoded(picture(), "PNG")
+    for kind, body in {b"pHYs": b"1", b"gAMA": b"", b"iCCP": b"x\0\x09y", b"acTL": b"1"}.items():
+        told = whole[:33] + chunk(kind, body) + whole[33:]
+        np.testing.assert_array_equal(decode(told, SIZE), decode(whole, SIZE))
+    behind = whole[:-12] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000))) + whole[-12:]
+    np.testing.assert_array_equal(decode(behind, SIZE), decode(whole, SIZE))
+    photo = encoded(picture(), "JPEG")
+    for segment in (b"\xff\xe2\0\x0eICC_PROFILE\0", b"\xff\xe0\0\6JFIF", b"\xff\xee\0\7Adobe"):
+        told = photo[:2] + segment + photo[2:]
+        np.testing.assert_array_equal(decode(told, SIZE), decode(photo, SIZE))
+
+
 def test_metadata_never_costs_the_picture() -> None:
     profile = struct.pack(">I", 1_500_000) + b"lcms" + np.random.default_rng(1).bytes(1_499_992)
     text = PngImagePlugin.PngInfo()
@@ -408,7 +431,7 @@ def reason(content: bytes) -> str:
         (b"\0\0\0\x20ftypisom" + bytes(200), "unsupported: a video"),
         (b"\x89PNG\r\n\x1a\n" + bytes(200), "damaged: PNG: its header cannot be read"),
         (b"RIFF\0\0\0\0WEBP" + bytes(200), "damaged: WEBP"),
-        (encoded(picture(), "PPM"), "not an image: begins with b'P6"),
+        (encoded(picture(), "PPM"), "unsupported: PNM; convert it"),
         (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "32-bit float pixels"),
         (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "32-bit integer pixels"),
         (encoded(Image.new("I", (4, 4), -1), "TIFF"), "32-bit integer pixels"),
@@ -522,6 +545,19 @@ def test_a_photo_of_48_million_pixels_takes_no_more_than_one_may(
     assert int(megabytes) << 20 <= MAX_MEMORY
 
 
+def tile(side: int) -> bytes:
+    """Write a TIFF of 16 x 16 pixels that lie in one tile of many more."""
+    packed = zlib.compress(bytes(side * side * 3), 1)
+    tags = [
+        (256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 2),
+        (277, 3, 1, 3), (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 150),
+        (325, 4, 1, len(packed)),
+    ]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    head += b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return head + bytes(150 - len(head)) + packed
+
+
 COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "many coefficients": (
         lambda: camera_file(
@@ -532,6 +568,14 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "two canvases": (
         lambda: animation(8000, 6000),
         "too much memory: WEBP, 8000 x 6000 pixels would take ",
+    ),
+    "a transparent grey": (
+        lambda: encoded(Image.new("L", (10_000, 10_000), 90), "PNG", transparency=3),
+        "too much memory: PNG, 10000 x 10000 pixels would take ",
+    ),
+    "a tile larger than its picture": (
+        lambda: tile(16_384),
+        "too much memory: TIFF, 16 x 16 pixels would take ",
     ),
     "many scans": (
         lambda: slow_image(400),

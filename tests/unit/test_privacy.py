@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.networks.decode import decode
-from pipeline.privacy import without_metadata
+from pipeline.networks.metadata import without_metadata
 from pipeline.storage import Address, FolderStore
 from pipeline.upload import upload
 from tests.corpus import picture

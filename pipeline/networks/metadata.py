@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from io import BytesIO
 
 from PIL import Image
 
+from pipeline.networks.formats import jpeg_segments
+
 ORIENTATION = 0x0112  # EXIF's tag
 # JPEG (ITU-T T.81, annex B): frames, tables, restarts; no application's own segments but these.
-_BARE = {0x01, *range(0xD0, 0xD9)}
 _OF_JPEG = {*range(0xC0, 0xE0), 0x01}
-_SOI, _SOS, _EOI = 0xD8, 0xDA, 0xD9
-_next_marker = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])").search
 _PROFILE, _ADOBE = b"ICC_PROFILE\0", b"Adobe"
 # PNG, third edition, clauses 5.6 and 11: what tells of pixels, colours and frames.
 _OF_PNG = {
     *(b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"cHRM", b"gAMA", b"iCCP", b"sBIT", b"sRGB"),
     *(b"cICP", b"mDCV", b"cLLI", b"bKGD", b"hIST", b"pHYs", b"acTL", b"fcTL", b"fdAT"),
 }
+_OF_PIXELS = {b"PLTE", b"IDAT", b"IEND", b"tRNS"}
 # WebP container specification; the flags of VP8X that say that EXIF and XMP follow.
 _OF_WEBP = {b"VP8X", b"ICCP", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"}
 _TOLD_BY_FLAGS, _EXIF_FLAG = 0x08 | 0x04, 0x08
@@ -72,7 +72,7 @@ def _exif_of(content: bytes) -> bytes:
 
 
 def _jpeg(content: bytes) -> bytes:
-    kept = b"".join(_kept(marker, segment) for marker, segment in _segments(content))
+    kept = b"".join(_kept(marker, segment) for marker, segment in jpeg_segments(content))
     exif = _exif_of(content)
     told = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif if exif else b""
     return b"\xff\xd8" + told + kept
@@ -80,46 +80,32 @@ def _jpeg(content: bytes) -> bytes:
 
 def _kept(marker: int, segment: bytes) -> bytes:
     body = segment[4:]
+    if len(body) < 12 and 0xE0 <= marker <= 0xEF:
+        return b""
     if marker == 0xE0 and body.startswith(b"JFIF\0"):  # without its preview
         return b"\xff\xe0\0\x10" + body[:12] + b"\0\0"
-    if marker == 0xE2 and body.startswith(_PROFILE):
+    if marker == 0xE2 and body.startswith(_PROFILE) and len(body) > len(_PROFILE) + 2:
         return segment
     if marker == 0xEE and body.startswith(_ADOBE):  # how its colours are kept
         return b"\xff\xee\0\x0e" + body[:12]
     return segment if marker in _OF_JPEG else b""
 
 
-def _segments(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield markers and their bytes up to the first picture's end; a scan goes with its marker."""
-    place = 2
-    while place < len(content):
-        if content[place] != 0xFF:
-            raise ValueError("expected a marker")
-        while content[place] == 0xFF:
-            place += 1
-        marker = content[place]
-        start, place = place - 1, place + 1
-        if marker == _EOI:
-            yield marker, b"\xff\xd9"
-            return
-        if marker in _BARE:
-            yield marker, content[start:place]
-            continue
-        place += int.from_bytes(content[place : place + 2], "big")
-        if marker == _SOS:
-            found = _next_marker(content, place)
-            place = found.start() if found else len(content)
-        yield marker, content[start:place]
+def bare(content: bytes) -> bytes | None:
+    """Return a JPEG or a PNG with nothing in it but what makes its pixels; None for others."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png(content, _OF_PIXELS)
+    return without_metadata(content) if content.startswith(b"\xff\xd8\xff") else None
 
 
-def _png(content: bytes) -> bytes:
+def _png(content: bytes, kinds: Container[bytes] = _OF_PNG) -> bytes:
     place, head, rest = 8, content[:8], bytearray()
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         kind = content[place + 4 : place + 8]
         if kind == b"IHDR":
             head += content[place:end]
-        elif kind in _OF_PNG:
+        elif kind in kinds:
             rest += content[place:end]
         place = end
         if kind == b"IEND":
