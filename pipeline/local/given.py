@@ -6,6 +6,7 @@ import lzma
 import os
 import re
 import shutil
+import stat
 import tarfile
 import tempfile
 import zipfile
@@ -123,14 +124,30 @@ def _tarred(archive: Path) -> Iterator[tuple[str, float, IO[bytes]]]:
             source = content.extractfile(member)
             if source is not None:
                 yield member.name, member.mtime, source
+        # tarfile takes a damaged header for the end.
+        if content.fileobj is not None:
+            content.fileobj.seek(content.offset)
+            if content.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damage behind byte {content.offset:,}")
 
 
 def _zipped(archive: Path) -> Iterator[tuple[str, float, IO[bytes]]]:
     """Yield name, time and content of each file; one that is encrypted is a RuntimeError."""
     with zipfile.ZipFile(archive) as content:
         for member in content.infolist():
-            if not member.is_dir():
-                yield member.filename, _time_of(member), content.open(member)
+            if not member.is_dir() and not stat.S_ISLNK(member.external_attr >> 16):
+                yield _name_of(member), _time_of(member), content.open(member)
+
+
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """Return a file's name: some programs write backslashes, others UTF-8 without saying so."""
+    name = member.filename if "/" in member.filename else member.filename.replace("\\", "/")
+    if member.flag_bits & 0x800:
+        return name
+    try:
+        return name.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return name
 
 
 def _time_of(member: zipfile.ZipInfo) -> float:

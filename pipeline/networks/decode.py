@@ -24,13 +24,15 @@ from pipeline.networks.formats import (
     FORMATS,
     LARGE_PROFILE,
     cut_off,
+    jpeg_segments,
     recognised,
     without_metadata,
 )
 from pipeline.networks.metadata import bare
 from pipeline.quarantine import BadImageError, Reason
 
-# TIFF 6.0
+MOST_PAGES = 16  # of a TIFF, looked through for the first that is no preview
+NEW_SUBFILE_TYPE = 254  # TIFF 6.0
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 262, 284, 339
 _SRGB = ImageCms.createProfile("sRGB")
 NEARLY = 2  # of 255: a profile that moves no colour by more is taken for sRGB
@@ -97,8 +99,10 @@ def _decoded(content: bytes, size: int, kind: str | None) -> npt.NDArray[np.uint
     try:
         with Image.open(io.BytesIO(without_metadata(content)), formats=FORMATS) as image:
             kind = str(image.format)
+            _leave_previews(image)
             check_cost(image, content, size)
             _check_tiff(image)
+            _check_light(image)
             return _pixels(_large_webp(image, content) if is_large_webp(image) else image, size)
     except (BadImageError, MemoryError):
         raise  # who takes the memory is not known here
@@ -108,6 +112,9 @@ def _decoded(content: bytes, size: int, kind: str | None) -> npt.NDArray[np.uint
         raise BadImageError(Reason.TOO_LARGE, f"{kind}: {error}") from None
     except Exception as error:  # Pillow's decoders raise many kinds; none may end a job
         told = str(error).strip() or type(error).__name__
+        rare = _rare_jpeg(content) if kind == "JPEG" else None
+        if rare:
+            raise _unidentified(content, kind) from None
         if "nsupported" in told:
             raise BadImageError(Reason.UNSUPPORTED, f"{kind or 'image'}: {told}") from None
         raise BadImageError(Reason.DAMAGED, f"{kind or 'image'}: {told}") from None
@@ -117,10 +124,42 @@ def _unidentified(content: bytes, kind: str | None) -> BadImageError:
     """Say what is wrong with bytes that no decoder takes, as far as their beginning tells."""
     if kind is None:
         return BadImageError(Reason.NOT_AN_IMAGE, f"begins with {content[:8]!r}")
+    told = _rare_jpeg(content) if kind == "JPEG" else None
+    if told:
+        return BadImageError(Reason.UNSUPPORTED, f"JPEG, {told}; save it with 8 bits a colour")
     if kind in FORMATS:
         rare = ", or it is of a rare kind" if kind == "TIFF" else ""
         return BadImageError(Reason.DAMAGED, f"{kind}: its header cannot be read{rare}")
     return BadImageError(Reason.UNSUPPORTED, f"{kind}; convert it, to JPEG for one")
+
+
+def _rare_jpeg(content: bytes) -> str | None:
+    """Say of which kind a JPEG is that is not decoded (ITU-T T.81: frames and their precision)."""
+    with suppress(ValueError, IndexError):
+        for marker, segment in jpeg_segments(content):
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                if marker in (0xC3, 0xC7, 0xCB, 0xCF):
+                    return f"lossless, of {segment[4]} bits"
+                return f"of {segment[4]} bits" if segment[4] != 8 else None
+            if marker == 0xF7:
+                return "of the kind JPEG-LS"
+    return None
+
+
+def _check_light(image: Image.Image) -> None:
+    """Refuse pixels whose white is not that of paper: HDR, by its transfer (ITU-T H.273)."""
+    told = image.info.get("nclx_profile")
+    if isinstance(told, dict) and told.get("transfer_characteristics") in (16, 18):
+        raise BadImageError(Reason.UNSUPPORTED, f"{image.format} in HDR; save it without")
+
+
+def _leave_previews(image: Image.Image) -> None:
+    """Go to the first page of a TIFF that is no preview of another."""
+    for page in range(1, MOST_PAGES):
+        if not getattr(image, "tag_v2", {}).get(NEW_SUBFILE_TYPE, 0) & 1:
+            return
+        with suppress(EOFError):
+            image.seek(page)
 
 
 def _check_tiff(image: Image.Image) -> None:
@@ -225,6 +264,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadImageError(
             Reason.UNSUPPORTED, "32-bit float pixels: which value is white is not known"
         )
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
         over_white = Image.new("RGBA", image.size, "white")
         over_white.alpha_composite(image.convert("RGBA"))

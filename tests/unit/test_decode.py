@@ -435,6 +435,8 @@ def reason(content: bytes) -> str:
         (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "32-bit float pixels"),
         (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "32-bit integer pixels"),
         (encoded(Image.new("I", (4, 4), -1), "TIFF"), "32-bit integer pixels"),
+        (b"\xff\xd8\xff\xc3\0\x0b\x08\0\x10\0\x10\1\1\x11\0", "unsupported: JPEG, lossless, of 8"),
+        (b"\xff\xd8\xff\xc1\0\x0b\x0c\0\x10\0\x10\1\1\x11\0", "unsupported: JPEG, of 12 bits"),
         (planar_tiff(16), "unsupported: TIFF with its colours in planes of 16 bits"),
         (bmp(8000, 8000), "damaged: BMP: "),
         (bmp(12_000, 12_000), "BMP, 12000 x 12000 pixels would take 576 MB, more than 400"),

@@ -97,6 +97,53 @@ def test_a_zip_as_kaggle_gives_it_and_a_packed_tar_are_unpacked(tmp_path: Path) 
         ]
 
 
+def test_two_archives_with_the_same_names_lose_nothing(tmp_path: Path) -> None:
+    archive(tmp_path / "train.tar", "Kiwi/0.jpg")
+    archive(tmp_path / "test.tar", "Kiwi/0.jpg")
+    with open_images(tmp_path) as (folder, _):
+        assert sorted(contents(folder)) == ["Kiwi/0.jpg", "train.tar/Kiwi/0.jpg"]
+
+
+def test_names_in_a_zip_are_read_as_their_programs_meant_them(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as content:
+        content.writestr("Kiwi/0.jpg", b"0")
+        content.writestr("Apple:0.jpg", b"1")
+        link = zipfile.ZipInfo("Kiwi/again.jpg")
+        link.external_attr = 0o120777 << 16
+        content.writestr(link, "0.jpg")
+        content.writestr("PXXche/0.jpg", b"2")
+    raw = (tmp_path / "a.zip").read_bytes()
+    # As .NET writes a folder, and macOS an accent, which says nothing of UTF-8.
+    raw = raw.replace(b"Apple:0", b"Apple\\0").replace(b"PXXche", "P\u00eache".encode())
+    (tmp_path / "a.zip").write_bytes(raw)
+    with open_images(tmp_path / "a.zip") as (folder, _):
+        assert sorted(contents(folder)) == ["Apple/0.jpg", "Kiwi/0.jpg", "P\u00eache/0.jpg"]
+
+
+@pytest.mark.parametrize("damage", ["header", "cut"])
+def test_an_archive_that_is_damaged_further_on_is_told(tmp_path: Path, damage: str) -> None:
+    whole = archive(tmp_path / "a.tar", *(f"Kiwi/{number}.jpg" for number in range(5)))
+    content = bytearray(whole.read_bytes())
+    if damage == "header":
+        content[2 * 1024] ^= 1
+        whole.write_bytes(content)
+    else:
+        whole.unlink()
+        whole = tmp_path / "a.tar.gz"
+        whole.write_bytes(gzip.compress(bytes(content))[:-40])
+    with pytest.raises(NoImagesError, match=r"a\.tar.*found: "), open_images(whole):
+        pass
+
+
+def test_a_folder_of_links_to_folders_holds_images(tmp_path: Path) -> None:
+    (tmp_path / "store/Kiwi").mkdir(parents=True)
+    (tmp_path / "store/Kiwi/0.jpg").write_bytes(b"0")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/Kiwi").symlink_to(tmp_path / "store/Kiwi")
+    with open_images(tmp_path / "mine") as (folder, _):
+        assert folder == tmp_path / "mine"
+
+
 def test_a_zip_that_reaches_out_of_its_folder_or_is_locked_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as content:
         content.writestr("../../../../evil.jpg", b"evil")
