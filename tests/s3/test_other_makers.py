@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -221,7 +222,7 @@ def test_the_users_login_serves_a_whole_run_on_an_s3_with_a_certificate_of_its_o
         (tmp_path / ".aws/config").write_text(
             f"[profile lab]\nregion = eu-west-3\nendpoint_url = {s3.endpoint}\n"
             f"ca_bundle = {authority}\n"
-            f"credential_process = {sys.executable} {tmp_path / 'login.py'}\n"
+            f"credential_process = {shlex.join([sys.executable, str(tmp_path / 'login.py')])}\n"
         )
         assert eventually(lambda: is_let_in(tmp_path / "login.py", s3, authority))
         mine = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -59,7 +60,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def logs_in(home: Path, seconds: int = 3600) -> None:
     """Give the user a profile whose credentials come from a command, and end."""
     (home / "login.py").write_text(LOGIN.format(seconds=seconds))
-    command = f"credential_process = {sys.executable} {home / 'login.py'}"
+    words = shlex.join([sys.executable, str(home / "login.py")])
+    command = f"credential_process = {words}"
     (home / ".aws/config").write_text(f"[profile lab]\n{command}\nregion = eu-north-1\n")
 
 
