@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Container
 from io import BytesIO
+from zlib import crc32
 
 from PIL import Image
 
@@ -115,8 +116,6 @@ def _png(content: bytes, kinds: Container[bytes] = _OF_PNG) -> bytes:
 
 
 def _png_chunk(kind: bytes, body: bytes) -> bytes:
-    from zlib import crc32
-
     return len(body).to_bytes(4, "big") + kind + body + crc32(kind + body).to_bytes(4, "big")
 
 
@@ -161,10 +160,8 @@ def _gif(content: bytes) -> bytes:
         while content[place]:
             place += 1 + content[place]
         place += 1
-        is_comment = kind == b"!\xfe" or (
-            kind == b"!\xff" and b"XMP" in content[start : start + 14]
-        )
-        if not is_comment:
+        is_of_frames = kind == b"!\xff" and content[start + 3 : start + 14] in _OF_GIF
+        if kind[:1] == b"," or kind == b"!\xf9" or is_of_frames:
             kept += content[start:place]
     return bytes(kept) + b";"
 

@@ -109,6 +109,14 @@ def test_what_nobody_knows_goes_too() -> None:
     told = whole + b"C2PA\x0c\0\0\0ORCHARD-NOTE"
     told = told[:4] + (len(told) - 8).to_bytes(4, "little") + told[8:]
     assert without_metadata(told) == without_metadata(whole)
+    whole = photo("GIF")
+    note = b"\x0cORCHARD-NOTE\0"
+    for unknown in (
+        b"!\xff\x0bMGKIPTC0000" + note,
+        b"!\x01\x0c" + bytes(12) + note,
+        b"!\x77" + note,
+    ):
+        assert without_metadata(whole[:-1] + unknown + b";") == without_metadata(whole)
     assert without_metadata(b"BMI,name,gps\n1,ORCHARD-OWNER") is None
     assert without_metadata(b"RIFF\0\0\0\0WEBP") is None
 
