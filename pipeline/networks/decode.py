@@ -26,7 +26,7 @@ from pipeline.networks.formats import (
     cut_off,
     jpeg_segments,
     recognised,
-    without_metadata,
+    without_large_texts,
 )
 from pipeline.networks.metadata import bare
 from pipeline.quarantine import BadImageError, Reason
@@ -97,7 +97,7 @@ def decode(content: bytes, size: int) -> npt.NDArray[np.uint8]:
 
 def _decoded(content: bytes, size: int, kind: str | None) -> npt.NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(without_metadata(content)), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(without_large_texts(content)), formats=FORMATS) as image:
             kind = str(image.format)
             _leave_previews(image)
             check_cost(image, content, size)

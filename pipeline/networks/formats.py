@@ -73,7 +73,7 @@ def recognised(content: bytes) -> str | None:
     return None
 
 
-def without_metadata(content: bytes) -> bytes:
+def without_large_texts(content: bytes) -> bytes:
     """Leave large profiles and texts out of a PNG, which Pillow refuses a picture for."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
